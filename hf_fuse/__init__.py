@@ -1,0 +1,32 @@
+"""hf_fuse: one model out of many."""
+
+from __future__ import annotations
+
+from importlib import import_module
+
+__version__ = "0.1.0"
+
+# Public name -> module that defines it. Loaded on first use, so that `import hf_fuse` costs nothing.
+_PUBLIC = {
+    "plan": "hf_fuse.merge.plan",
+    "merge": "hf_fuse.merge",
+    "merge_state_dicts": "hf_fuse.merge.engine",
+    "Recipe": "hf_fuse.recipe",
+    "load_recipe": "hf_fuse.recipe",
+    "inspect_models": "hf_fuse.diagnostics.task_vectors",
+    "evaluate_models": "hf_fuse.evaluation",
+    "push": "hf_fuse.hub",
+    "FuseError": "hf_fuse.errors",
+}
+__all__ = [*_PUBLIC, "__version__"]
+
+
+def __getattr__(name: str):
+    if name in _PUBLIC:
+        module = import_module(_PUBLIC[name])
+        return module if name == "merge" else getattr(module, name)
+    raise AttributeError(f"module 'hf_fuse' has no attribute {name!r}")
+
+
+def __dir__():
+    return sorted(__all__)
