@@ -1,8 +1,8 @@
 """Reads checkpoints: headers at once and distrustfully, tensor bytes lazily and in pieces.
 
 A checkpoint is a folder with ``config.json`` and safetensors (one file, or shards with an index). Opening one reads
-headers only and imports no torch. Bytes are read with ``preadv`` into buffers that the caller reuses: on warm files this
-is up to twice as fast as page-faulting a memory map, and a file that shrinks under a running merge is an error message
+headers only and imports no torch. Bytes are read with ``preadv`` into buffers that the caller reuses: on warm files
+this is up to twice as fast as page-faulting a memory map, and a file that shrinks under a running merge is an error message
 instead of a SIGBUS.
 """
 
@@ -195,9 +195,11 @@ class Checkpoint:
         out = {}
         for path in self.files:
             with path.open("rb") as file:
-                out[path.name] = hashlib.file_digest(file, "sha256").hexdigest() if hasattr(
-                    hashlib, "file_digest"
-                ) else _sha256(file)
+                out[path.name] = (
+                    hashlib.file_digest(file, "sha256").hexdigest()
+                    if hasattr(hashlib, "file_digest")
+                    else _sha256(file)
+                )
         return out
 
 
