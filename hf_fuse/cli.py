@@ -1,2 +1,269 @@
+"""The command line: parse, call one function, print. Imports only what the command needs."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from hf_fuse.errors import FuseError, RecipeError
+
+app = typer.Typer(
+    name="hf-fuse",
+    help="Make one model out of many.\n\nExample: hf-fuse merge recipe.yaml --output merged",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    add_completion=False,
+    rich_markup_mode=None,
+)
+EXTRA = {"allow_extra_args": True, "ignore_unknown_options": True}
+
+RecipeFile = Annotated[Path, typer.Argument(help="A recipe in YAML, ours or mergekit's.", show_default=False)]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
+Output = Annotated[Path | None, typer.Option("--output", "-o", help="Folder to make.", show_default=False)]
+Overwrite = Annotated[
+    bool, typer.Option("--overwrite", help="Replace an existing output when the new one is complete.")
+]
+Pickle = Annotated[bool, typer.Option("--allow-pickle", help="Accept .bin inputs (torch's restricted unpickler).")]
+Verify = Annotated[bool, typer.Option("--verify", help="Compare Hub inputs with the Hub's hashes first.")]
+
+
 def main() -> None:
-    raise SystemExit("under construction")
+    """Entry point of ``hf-fuse`` and ``python -m hf_fuse``. An expected failure is one line and exit status 1."""
+    debug = "--debug" in sys.argv
+    arguments = [argument for argument in sys.argv[1:] if argument != "--debug"]
+    try:
+        app(arguments, standalone_mode=False)
+    except FuseError as error:
+        _fail(str(error), debug)
+    except typer.Abort:
+        _fail("stopped", debug)
+    except KeyboardInterrupt:
+        _fail("stopped; no output was left behind", debug, status=130)
+    except BrokenPipeError:
+        raise SystemExit(0) from None
+    except Exception as error:
+        if hasattr(error, "format_message"):  # click's usage errors
+            _fail(error.format_message(), debug, status=2)
+        _fail(f"{type(error).__name__}: {error}. This is a fault of hf_fuse; --debug shows where.", debug)
+
+
+def _fail(message: str, debug: bool, status: int = 1) -> None:
+    if debug:
+        raise  # noqa: PLE0704 - called while an exception is being handled
+    print(f"error: {message}", file=sys.stderr)
+    raise SystemExit(status) from None
+
+
+def _overrides(arguments: list[str]) -> dict[str, Any]:
+    """``--parameters.density 0.3 --seed=1`` -> ``{"parameters.density": 0.3, "seed": 1}``."""
+    from hf_fuse.recipe import Recipe, read_yaml
+    from hf_fuse.registry import nearest
+
+    found, rest = {}, list(arguments)
+    while rest:
+        flag = rest.pop(0)
+        if not flag.startswith("--"):
+            raise RecipeError(f"{flag!r} is one argument too many. Expected a recipe and --options.")
+        key, given, value = flag[2:].partition("=")
+        if key.split(".")[0] not in Recipe.model_fields and key.split(".")[0] != "merge_method":
+            raise RecipeError(f"--{key}: no such option or recipe key. {nearest(key, Recipe.model_fields)}")
+        if not given:
+            if not rest:
+                raise RecipeError(f"--{key} needs a value.")
+            value = rest.pop(0)
+        found[key] = read_yaml(value, f"--{key}")
+    return found
+
+
+def _console(stderr: bool = False) -> Any:
+    from rich.console import Console
+
+    return Console(stderr=stderr, soft_wrap=False)
+
+
+@app.command(context_settings=EXTRA)
+def merge(
+    context: typer.Context,
+    recipe: RecipeFile,
+    output: Output = None,
+    overwrite: Overwrite = False,
+    device: Annotated[str, typer.Option(help="cpu or cuda[:N].")] = "cpu",
+    push: Annotated[str | None, typer.Option(help="Push the result to this Hub id.", show_default=False)] = None,
+    private: Annotated[bool | None, typer.Option("--private/--public", help="Of a new repository.")] = None,
+    allow_nonfinite: Annotated[bool, typer.Option("--allow-nonfinite", help="Merge NaN and infinity too.")] = False,
+    allow_pickle: Pickle = False,
+    verify: Verify = False,
+    workers: Annotated[int | None, typer.Option(help="Threads; one per core, at most 8.", min=1)] = None,
+) -> None:
+    """Merge checkpoints as a recipe says. Any recipe key can be set: --parameters.density 0.3
+
+    Several processes: accelerate launch -m hf_fuse merge recipe.yaml --output merged
+    """
+    from hf_fuse.merge.engine import merge as run
+    from hf_fuse.merge.plan import plan as make_plan
+    from hf_fuse.merge.workers import World
+
+    options = {"overwrite": overwrite, "allow_pickle": allow_pickle, "verify": verify}
+    made = make_plan(recipe, overrides=_overrides(context.args), output=output, **options)
+    leads = World().leads
+    if leads and sys.stderr.isatty():
+        from hf_fuse.merge.report import print_plan
+
+        print_plan(made, _console(stderr=True))
+    elif leads:
+        for warning in made.warnings:
+            print(f"note: {warning}", file=sys.stderr)
+    folder = run(
+        made,
+        overwrite=overwrite,
+        device=device,
+        allow_nonfinite=allow_nonfinite,
+        push=push,
+        private=private,
+        workers=workers,
+    )
+    if leads:
+        print(f"merged: {folder}\nmethod: {made.method.name}\ntensors: {len(made.units)}\nbytes: {made.layout.nbytes}")
+
+
+@app.command(context_settings=EXTRA)
+def plan(
+    context: typer.Context,
+    recipe: RecipeFile,
+    output: Output = None,
+    overwrite: Overwrite = False,
+    as_json: Json = False,
+    allow_pickle: Pickle = False,
+    verify: Verify = False,
+) -> None:
+    """Show what a merge would read, compute and write. Reads headers only."""
+    from hf_fuse.merge.plan import plan as make_plan
+
+    overrides = _overrides(context.args)
+    made = make_plan(
+        recipe, overrides=overrides, output=output, overwrite=overwrite, allow_pickle=allow_pickle, verify=verify
+    )
+    if as_json:
+        print(json.dumps(made.to_dict(), indent=2))
+    else:
+        from hf_fuse.merge.report import print_plan
+
+        print_plan(made, _console())
+
+
+@app.command("list")
+def list_methods(
+    name: Annotated[str | None, typer.Argument(help="A method: its parameters and a recipe to paste.")] = None,
+    as_json: Json = False,
+) -> None:
+    """List the merge methods, or describe one."""
+    from hf_fuse import registry
+    from hf_fuse.merge import report
+
+    if as_json:
+        wanted = [name] if name else registry.names("merge")
+        facts = [report.method_facts(registry.get("merge", entry)) for entry in wanted]
+        print(json.dumps(facts[0] if name else facts, indent=2))
+    elif name:
+        report.print_method(name, _console())
+    else:
+        report.print_methods(_console())
+
+
+@app.command()
+def schema() -> None:
+    """Print the JSON schema of a recipe."""
+    from hf_fuse.recipe import Recipe
+
+    print(json.dumps(Recipe.model_json_schema(), indent=2))
+
+
+@app.command()
+def push(
+    folder: Annotated[Path, typer.Argument(help="A model or adapter folder.")],
+    repo: Annotated[str, typer.Argument(help="org/name")],
+    private: Annotated[bool | None, typer.Option("--private/--public", help="Of a new repository.")] = None,
+    revision: Annotated[str | None, typer.Option(help="Branch to push to.", show_default=False)] = None,
+    message: Annotated[str | None, typer.Option(help="Commit message.", show_default=False)] = None,
+) -> None:
+    """Push a folder to the Hub; files it no longer has are removed in the same commit."""
+    from hf_fuse.hub import push as run
+
+    print(f"pushed: {run(folder, repo, private=private, revision=revision, commit_message=message)}")
+
+
+@app.command()
+def inspect(
+    models: Annotated[list[str], typer.Argument(help="Fine-tuned models: folders or Hub ids.")],
+    base: Annotated[str, typer.Option(help="The model they were fine-tuned from.")],
+    as_json: Json = False,
+    plot: Annotated[
+        Path | None, typer.Option(help="Save a heat-map of the cosines here.", show_default=False)
+    ] = None,
+    per_tensor: Annotated[bool, typer.Option("--per-tensor", help="One row per tensor.")] = False,
+    allow_pickle: Pickle = False,
+) -> None:
+    """Compare task vectors: norms, cosines and sign conflicts, per tensor and over the whole model."""
+    from hf_fuse.diagnostics.task_vectors import inspect_models, print_inspection
+
+    found = inspect_models(models, base, allow_pickle=allow_pickle)
+    if plot:
+        found.plot(plot)
+    if as_json:
+        print(json.dumps(found.to_dict(), indent=2))
+    else:
+        print_inspection(found, _console(), per_tensor=per_tensor)
+
+
+@app.command("eval")
+def evaluate(
+    models: Annotated[list[str], typer.Argument(help="One or several models: folders or Hub ids.")],
+    text: Annotated[list[Path] | None, typer.Option(help="Text file for perplexity; repeatable.")] = None,
+    dataset: Annotated[str | None, typer.Option(help="Data file, folder or Hub id.", show_default=False)] = None,
+    subset: Annotated[str | None, typer.Option(help="Configuration of the data set.", show_default=False)] = None,
+    split: Annotated[str, typer.Option(help="Split of the data set.")] = "test",
+    text_column: Annotated[str, typer.Option(help="Column with the text or image.")] = "text",
+    label_column: Annotated[str | None, typer.Option(help="Column with labels: accuracy and F1.")] = None,
+    tasks: Annotated[list[str] | None, typer.Option(help="lm-eval task; repeatable (extra: eval).")] = None,
+    batch_size: Annotated[int, typer.Option(min=1)] = 8,
+    max_length: Annotated[int | None, typer.Option(min=2, help="Tokens per window.", show_default=False)] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="Use the first N examples.", show_default=False)] = None,
+    device: Annotated[str, typer.Option(help="cpu or cuda[:N].")] = "cpu",
+    as_json: Json = False,
+    chart: Annotated[Path | None, typer.Option(help="Save a bar chart here.", show_default=False)] = None,
+    write_card: Annotated[bool, typer.Option("--write-card", help="Put the figures into the models' cards.")] = False,
+) -> None:
+    """Evaluate models side by side: perplexity, accuracy and F1, or lm-eval tasks."""
+    from hf_fuse.evaluation import evaluate_models
+
+    report = evaluate_models(
+        models, texts=text or [], dataset=dataset, subset=subset, split=split, text_column=text_column,
+        label_column=label_column, tasks=tasks or [], batch_size=batch_size, max_length=max_length, limit=limit,
+        device=device,
+    )  # fmt: skip
+    if write_card:
+        report.write_card()
+    if chart:
+        report.chart(chart)
+    print(report.to_json()) if as_json else report.print()
+
+
+@app.command()
+def demo(
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder for everything the demo makes.")] = Path(
+        "hf-fuse-demo"
+    ),
+    seed: Annotated[int, typer.Option()] = 0,
+    quick: Annotated[
+        bool, typer.Option("--quick", help="Seconds instead of minutes; the figures mean nothing.")
+    ] = False,
+    overwrite: Overwrite = False,
+) -> None:
+    """Train experts on text that every Python carries, merge them by several methods, and compare."""
+    from hf_fuse.demo import run_demo
+
+    run_demo(output, seed=seed, quick=quick, overwrite=overwrite)

@@ -2,8 +2,8 @@
 
 A checkpoint is a folder with ``config.json`` and safetensors (one file, or shards with an index). Opening one reads
 headers only and imports no torch. Bytes are read with ``preadv`` into buffers that the caller reuses: on warm files
-this is up to twice as fast as page-faulting a memory map, and a file that shrinks under a running merge is an error message
-instead of a SIGBUS.
+this is up to twice as fast as page-faulting a memory map, and a file that shrinks under a running merge is an error
+message instead of a SIGBUS.
 """
 
 from __future__ import annotations
@@ -191,22 +191,15 @@ class Checkpoint:
         return sorted({info.file for info in self.tensors.values()})
 
     def sha256(self) -> dict[str, str]:
-        """Content hash of every weight file (reads all bytes)."""
-        out = {}
-        for path in self.files:
-            with path.open("rb") as file:
-                out[path.name] = (
-                    hashlib.file_digest(file, "sha256").hexdigest()
-                    if hasattr(hashlib, "file_digest")
-                    else _sha256(file)
-                )
-        return out
+        """Content hash of every weight file, by file name (reads all bytes)."""
+        return {path.name: file_sha256(path) for path in self.files}
 
 
-def _sha256(file) -> str:
+def file_sha256(path: Path) -> str:
     digest = hashlib.sha256()
-    while block := file.read(1 << 20):
-        digest.update(block)
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
     return digest.hexdigest()
 
 

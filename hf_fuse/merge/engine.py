@@ -1,0 +1,415 @@
+"""From a plan to a folder: streams tensor by tensor, or block by block, with bounded memory.
+
+read -> working precision -> finite? -> method -> finite? -> one cast -> write, in threads that overlap all of it, over
+tensors that ranks have shared out among them. The folder appears when everything is on disk.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hf_fuse import registry
+from hf_fuse.checkpoint.reader import DTYPE_BYTES, TORCH_NAMES
+from hf_fuse.checkpoint.tied import Tying
+from hf_fuse.checkpoint.writer import Layout, PartialFolder, exclusive_output
+from hf_fuse.errors import CheckpointError, FuseError, OutputError, RecipeError
+from hf_fuse.merge.methods._passes import Pass, Seen
+from hf_fuse.merge.methods._random import TensorRandom
+from hf_fuse.merge.plan import Plan, plan
+from hf_fuse.merge.progress import Progress
+from hf_fuse.merge.sources import BLOCK, Buffers, MemorySource
+from hf_fuse.merge.units import COPY, MEAN, MERGE, Input, Unit, build_units
+from hf_fuse.merge.workers import Workers, World, unit_of
+from hf_fuse.recipe import Recipe, load_recipe
+from hf_fuse.registry import Method
+
+SPLIT_ABOVE = 32 * BLOCK  # an elementwise tensor is cut into jobs of this many elements
+
+Sink = Callable[[Unit, int, Tensor], None]  # (unit, first element, uint8 bytes on the CPU)
+
+
+@dataclass
+class Merger:
+    """What a running merge needs to know: the method, the sources by key, and what has been measured."""
+
+    method: Method
+    sources: Mapping[str, Any]
+    units: list[Unit]
+    dtype: torch.dtype
+    seed: int = 0
+    allow_nonfinite: bool = False
+    chunk: int = BLOCK
+    progress: Progress = field(default_factory=Progress)
+    states: dict[str, Any] = field(default_factory=dict)  # by unit name; "" for the whole model
+
+    def __post_init__(self) -> None:
+        if self.chunk % 1024:
+            raise FuseError(f"chunk_elements: {self.chunk} is not a multiple of 1024 elements.")
+        self._arguments = set(inspect.signature(self.method.function).parameters)
+        self._linear = registry.get("merge", "linear").function
+
+    # -- one block ------------------------------------------------------------------------------------------------
+
+    def block(self, unit: Unit, start: int, stop: int, buffers: Buffers) -> tuple[Tensor, Tensor | None]:
+        """``[K, n]`` as the method wants it, and the base ``[n]`` if the result is a difference from it."""
+        count, n = len(unit.inputs), stop - start
+        block = buffers.numbers("block", count, n)
+        base = None
+        if unit.base is not None:
+            base = buffers.numbers("base", n)
+            base_source = self.sources[unit.base.key]
+            base_source.read(unit.base.name, start, base, buffers)
+            self._check(base, unit, unit.base)
+        for k, part in enumerate(unit.inputs):
+            source = self.sources[part.key]
+            if base is not None and part.name == unit.base.name and source.delta_from(base_source, part.name):
+                source.read_delta(part.name, start, block[k], buffers)
+            else:
+                source.read(part.name, start, block[k], buffers)
+                if base is not None:
+                    block[k].sub_(base)
+        parts = unit.inputs if unit.base is None else [*unit.inputs, unit.base]
+        self.progress.add(n * sum(DTYPE_BYTES[self.sources[part.key].tensors[part.name].dtype] for part in parts))
+        # A sum is finite only if everything in it is: one cheap look at the block, a closer one only on alarm.
+        if not self.allow_nonfinite and not block.sum().isfinite():
+            for k, part in enumerate(unit.inputs):
+                self._check(block[k], unit, part)
+        return block, base
+
+    def _check(self, values: Tensor, unit: Unit, part: Input | None) -> None:
+        if self.allow_nonfinite or values.sum().isfinite():
+            return
+        bad = int(values.numel() - values.isfinite().sum())
+        if not bad:
+            return  # finite numbers whose sum overflows
+        if part is None:
+            raise OutputError(
+                f"tensor {unit.name}: the merge makes at least {bad} value(s) that are not finite in {unit.dtype}. Choose "
+                "smaller weights or a wider out_dtype, or pass --allow-nonfinite."
+            )
+        raise CheckpointError(
+            f"{part.key}: tensor {part.name} holds at least {bad} NaN or infinite value(s). Mend the model, or pass "
+            "--allow-nonfinite to merge it all the same."
+        )
+
+    def blocks(self, unit: Unit, first: int, last: int, step: int) -> Iterator[tuple[int, int]]:
+        for start in range(first, last, step):
+            yield start, min(start + step, last)
+
+    # -- measuring ------------------------------------------------------------------------------------------------
+
+    def scope(self, unit: Unit) -> str | None:
+        """What has to be measured before this unit: its own tensor, the whole model, or nothing."""
+        if unit.action != MERGE or not hasattr(self.method.module, "measure"):
+            return None
+        if unit_of(self.method, unit.options) == "tensor":
+            return None
+        return unit.options.get("scope") or getattr(self.method.module, "MEASURE_SCOPE", "model")
+
+    def _measurement(self, unit: Unit, numel: int) -> Generator[Pass, Tensor, Any]:
+        measure = self.method.module.measure
+        wanted = list(inspect.signature(measure).parameters)[3:]
+        return measure(len(unit.inputs), numel, self.dtype, **{name: unit.options[name] for name in wanted})
+
+    def measure_tensor(self, unit: Unit, buffers: Buffers) -> Any:
+        """Runs a tensor's own measurement in the calling thread."""
+        steps, total = self._measurement(unit, unit.numel), None
+        while True:
+            try:
+                wanted = steps.send(total)
+            except StopIteration as done:
+                return done.value
+            total = self._add_blocks(wanted, unit, 0, unit.numel, wanted.total.clone(), buffers)
+
+    def _add_blocks(self, wanted: Pass, unit: Unit, first: int, last: int, total: Tensor, buffers: Buffers) -> Tensor:
+        for start, stop in self.blocks(unit, first, last, BLOCK):
+            if wanted.share > 1:
+                stop = min(stop, start + BLOCK // wanted.share)
+            block, _ = self.block(unit, start, stop, buffers)
+            wanted.add(block, total, Seen(unit.options, TensorRandom(self.seed, unit.name, start)))
+        return total
+
+    def measure_model(self, units: list[Unit], world: World, workers: Workers) -> None:
+        """Runs a measurement over all units of all ranks and keeps its result as the state of each."""
+        if not units:
+            return
+        self._check_uniform(units)
+        mine = world.share(units, lambda unit: unit.numel)
+        order = {unit.name: number for number, unit in enumerate(units)}
+        steps, total = self._measurement(units[0], sum(unit.numel for unit in units)), None
+        while True:
+            try:
+                wanted = steps.send(total)
+            except StopIteration as done:
+                self.states[""] = done.value
+                return
+            self.progress.phase("measure")
+            exact = not wanted.total.is_floating_point()
+            totals: dict[Any, Tensor] = {}
+
+            def work(
+                job: tuple[Unit, int, int], buffers: Buffers, number: int, wanted=wanted, totals=totals, exact=exact
+            ):
+                unit, first, last = job
+                # Integers may be added in any order; floating sums are kept apart and added in a fixed one.
+                key = number if exact else (order[unit.name], first)
+                if key not in totals:
+                    totals[key] = wanted.total.clone()
+                self._add_blocks(wanted, unit, first, last, totals[key], buffers)
+
+            with world.together():
+                workers.run(self.jobs(mine), work)
+            merged: dict[Any, Tensor] = {}
+            for rank, part in enumerate(world.gather(totals)):
+                merged |= {((rank, key) if exact else key): value for key, value in part.items()}
+            total = wanted.total.clone()
+            for key in sorted(merged):
+                total += merged[key]
+
+    def _check_uniform(self, units: list[Unit]) -> None:
+        wanted = list(inspect.signature(self.method.module.measure).parameters)[3:]
+        for name in wanted:
+            for unit in units:
+                if unit.options[name] != units[0].options[name] or len(unit.inputs) != len(units[0].inputs):
+                    hint = " Say scope: tensor, or give one value." if "scope" in unit.options else ""
+                    raise RecipeError(
+                        f"parameters: {name} differs between tensors ({units[0].name} and {unit.name}), but "
+                        f"{self.method.name} measures the whole model with it.{hint}"
+                    )
+
+    # -- merging --------------------------------------------------------------------------------------------------
+
+    def jobs(self, units: list[Unit]) -> list[tuple[Unit, int, int]]:
+        """Pieces of work, large first: whole tensors, or cuts of those that may be cut."""
+        found = []
+        for unit in units:
+            whole = self.scope(unit) == "tensor" or unit_of(self.method, unit.options) == "tensor"
+            step = max(unit.numel, 1) if whole and unit.action == MERGE else SPLIT_ABOVE
+            found += [(unit, start, min(start + step, unit.numel)) for start in range(0, max(unit.numel, 1), step)]
+        return sorted(found, key=lambda job: job[1] - job[2])
+
+    def merge(self, unit: Unit, first: int, last: int, sink: Sink, buffers: Buffers) -> None:
+        """Computes elements ``[first, last)`` of one output tensor and hands the bytes to ``sink``."""
+        if unit.action == COPY:
+            self._copy(unit, first, last, sink, buffers)
+            return
+        options = dict(unit.options)
+        scope = self.scope(unit)
+        if "state" in self._arguments and unit.action == MERGE:
+            options["state"] = self.measure_tensor(unit, buffers) if scope == "tensor" else self.states.get("")
+        whole = unit.action == MERGE and unit_of(self.method, unit.options) == "tensor"
+        for start, stop in self.blocks(unit, first, last, max(unit.numel, 1) if whole else self.chunk):
+            block, base = self.block(unit, start, stop, buffers)
+            if unit.action == MEAN:
+                weight = unit.options["weight"]
+                merged = self._linear(block, weight=weight if sum(weight) else [1.0] * len(weight))
+            else:
+                if "random" in self._arguments:
+                    options["random"] = TensorRandom(self.seed, unit.name, start)
+                shaped = block.view(block.shape[0], *unit.shape) if whole else block
+                merged = self.method.function(shaped, **options).reshape(-1)
+            if base is not None:
+                merged.add_(base)
+            self._emit(unit, start, merged, sink, buffers)
+
+    def _emit(self, unit: Unit, start: int, merged: Tensor, sink: Sink, buffers: Buffers) -> None:
+        self._check(merged, unit, None)
+        dtype = getattr(torch, TORCH_NAMES[unit.dtype])
+        out = buffers.bytes(merged.numel() * DTYPE_BYTES[unit.dtype], "out")
+        cast = out.view(dtype)
+        cast.copy_(merged)
+        if unit.dtype not in ("F64", "F32", "BF16"):  # a narrow range: finite before the cast says nothing
+            self._check(cast.float(), unit, None)
+        sink(unit, start, out)
+
+    def _copy(self, unit: Unit, first: int, last: int, sink: Sink, buffers: Buffers) -> None:
+        part = unit.inputs[0]
+        for start, stop in self.blocks(unit, first, last, self.chunk):
+            out = buffers.bytes((stop - start) * DTYPE_BYTES[unit.dtype], "out")
+            self.sources[part.key].raw(part.name, start, out, buffers)
+            self.progress.add(out.numel())
+            sink(unit, start, out)
+
+    def run(self, sink: Sink, world: World, workers: Workers) -> None:
+        self.measure_model([unit for unit in self.units if self.scope(unit) == "model"], world, workers)
+        self.progress.phase("merge")
+        mine = world.share(self.units, lambda unit: unit.numel)
+        with world.together():
+            workers.run(self.jobs(mine), lambda job, buffers, _: self.merge(*job, sink, buffers))
+
+
+def _device(name: str) -> torch.device:
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise FuseError(f"device: {name!r} is not a device. Expected cpu, cuda or cuda:N.") from None
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise FuseError(f"device: {name} is not available on this machine. Use cpu.")
+    if device.type not in ("cpu", "cuda"):
+        raise FuseError(f"device: merging runs on cpu or cuda, not on {device.type}.")
+    return device
+
+
+def merge(
+    recipe: str | Path | dict | Recipe | Plan,
+    output: str | Path | None = None,
+    *,
+    overrides: dict[str, Any] | None = None,
+    overwrite: bool = False,
+    device: str = "cpu",
+    allow_nonfinite: bool = False,
+    allow_pickle: bool = False,
+    verify: bool = False,
+    push: str | None = None,
+    private: bool | None = None,
+    workers: int | None = None,
+    chunk_elements: int = BLOCK,
+) -> Path:
+    """Merges checkpoints as the recipe says, into a new folder.
+
+    Args:
+        recipe: YAML file, dictionary, Recipe, or a Plan made by :func:`hf_fuse.plan`.
+        output: the folder to make; else the recipe's.
+        overrides: dotted keys that win over the recipe, ``{"parameters.density": 0.3}``.
+        overwrite: replace an existing output, in one step, when the new one is complete.
+        device: ``cpu`` or ``cuda[:N]``; each block is computed there.
+        allow_nonfinite: merge NaN and infinite values instead of refusing them.
+        allow_pickle: accept ``.bin`` inputs.
+        verify: compare Hub inputs with the Hub's hashes first.
+        push: Hub id to push the result to (else the recipe's); token and access are checked before any work.
+        private: make a new repository private.
+        workers: threads; by default one per core, at most eight.
+        chunk_elements: elements computed at a time, a multiple of 1024. Does not change the result.
+
+    Returns:
+        The output folder.
+
+    Raises:
+        FuseError: with one message that says what, where and what to do. No output is left then, and an old one is intact.
+    """
+    place = _device(device)
+    if isinstance(recipe, Plan):
+        made = recipe
+    else:
+        made = plan(recipe, overrides=overrides, output=output, overwrite=overwrite, allow_pickle=allow_pickle, verify=verify)  # fmt: skip
+    if made.recipe.output is None:
+        raise RecipeError("output: no folder is given. Pass --output DIR, or say output in the recipe.")
+    target = _push_target(made, push, private)
+    folder = Path(made.recipe.output).expanduser().absolute()
+    dtype = getattr(torch, made.recipe.dtype)
+    with ExitStack() as stack:
+        world = stack.enter_context(World())
+        progress = stack.enter_context(Progress(made.bytes_read * made.passes // world.size, quiet=not world.leads))
+        merger = Merger(
+            made.method, {key: p.source for key, p in made.parents.items()}, made.units, dtype, made.recipe.seed,
+            allow_nonfinite, chunk_elements, progress,
+        )  # fmt: skip
+        pool = Workers(place, dtype, workers)
+        stack.callback(pool.close)
+        if world.leads:
+            with world.together():
+                partial = stack.enter_context(exclusive_output(folder, overwrite=overwrite))
+                partial.create(made.layout)
+        else:
+            with world.together():
+                pass
+            partial = PartialFolder(folder)
+        merger.run(_file_sink(partial, made.layout), world, pool)
+        progress.phase("save")
+        with world.together():
+            partial.sync()
+            if world.leads:
+                from hf_fuse.merge.finish import write_companions
+
+                write_companions(made, partial.folder)
+                partial.publish()
+    if target is not None and world.leads:
+        from hf_fuse.hub import push as push_folder
+
+        push_folder(folder, target.repo_id, target=target)
+    return folder
+
+
+def _push_target(made: Plan, push: str | None, private: bool | None) -> Any:
+    entry = made.recipe.push
+    repo = push or (entry.repo if entry else None)
+    if repo is None:
+        return None
+    from hf_fuse.hub import check_push
+
+    private = private if private is not None or entry is None else entry.private
+    return check_push(repo, private=private, revision=entry.revision if entry and not push else None)
+
+
+def _file_sink(partial: PartialFolder, layout: Layout) -> Sink:
+    def write(unit: Unit, start: int, out: Tensor) -> None:
+        for name in (unit.name, *unit.aliases):
+            partial.write(layout.places[name], start, memoryview(out.numpy()))
+
+    return write
+
+
+def merge_state_dicts(
+    models: Sequence[Mapping[str, Tensor]],
+    method: str = "linear",
+    *,
+    base: Mapping[str, Tensor] | None = None,
+    parameters: Mapping[str, Any] | None = None,
+    weights: Sequence[float] | None = None,
+    dtype: str = "float32",
+    out_dtype: str | None = None,
+    seed: int = 0,
+    allow_nonfinite: bool = False,
+    workers: int | None = None,
+    chunk_elements: int = BLOCK,
+) -> dict[str, Tensor]:
+    """Merges state dicts in memory, by the same code and to the same bits as :func:`merge` on files.
+
+    Args:
+        models: K state dicts with equal names and shapes; not modified.
+        base: the common base, for methods on task vectors.
+        parameters: the method's parameters, as in a recipe (gradients and filters included).
+        weights: K numbers, short for the parameter ``weight`` of each model.
+
+    Returns:
+        A new state dict on the CPU.
+
+    Raises:
+        FuseError: names or shapes differ, a parameter is wrong, or a value is not finite.
+    """
+    if weights is not None and len(weights) != len(models):
+        raise RecipeError(f"weights: {len(weights)} numbers for {len(models)} models.")
+    entries = [
+        {"path": f"models[{k}]", **({} if weights is None else {"weight": weights[k]})} for k in range(len(models))
+    ]
+    recipe = load_recipe(
+        {"method": method, "models": entries, "parameters": dict(parameters or {}), "dtype": dtype, "seed": seed}
+        | ({"base_model": "base"} if base is not None else {})
+        | ({"out_dtype": out_dtype} if out_dtype else {})
+    )
+    found = registry.get("merge", recipe.method)
+    sources = {f"models[{k}]": MemorySource(state) for k, state in enumerate(models)}
+    if base is not None:
+        sources["base"] = MemorySource(base)
+    units = build_units(recipe, found, {key: source.tensors for key, source in sources.items()}, Tying())
+    result = {unit.name: torch.empty(unit.shape, dtype=getattr(torch, TORCH_NAMES[unit.dtype])) for unit in units}
+
+    def keep(unit: Unit, start: int, out: Tensor) -> None:
+        width = DTYPE_BYTES[unit.dtype]
+        result[unit.name].view(-1).view(torch.uint8)[start * width : start * width + out.numel()] = out
+
+    merger = Merger(found, sources, units, getattr(torch, dtype), seed, allow_nonfinite, chunk_elements)
+    pool = Workers(torch.device("cpu"), merger.dtype, workers)
+    try:
+        merger.run(keep, World(size=1, rank=0), pool)
+    finally:
+        pool.close()
+    return result

@@ -1,0 +1,175 @@
+"""The small files of a merged model: config, generation config, tokenizer, resolved recipe and model card."""
+
+from __future__ import annotations
+
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import hf_fuse
+from hf_fuse.card import merge_card, read_license
+from hf_fuse.checkpoint.chat_template import chat_template
+from hf_fuse.checkpoint.reader import FLOAT_DTYPES, read_json
+from hf_fuse.checkpoint.tokenizer import copy_files, read_tokenizer, tokenizer_files
+from hf_fuse.merge.carry import output_config, write_json
+from hf_fuse.merge.parameters import layer_of
+from hf_fuse.merge.plan import Parent, Plan
+from hf_fuse.recipe import ModelRef, Recipe, dump_recipe
+
+RECIPE_FILE = "fuse_recipe.yaml"
+
+
+def write_companions(plan: Plan, folder: Path) -> None:
+    """Writes everything but the weights into ``folder``. Deterministic: no dates, no paths of this machine."""
+    donor = plan.reference
+    if donor.checkpoint.config:
+        write_json(folder / "config.json", _config(plan))
+    generation = donor.checkpoint.folder / "generation_config.json"
+    if generation.exists():
+        settings = read_json(generation)
+        for key, value in (plan.alignment.special_ids if plan.alignment else {}).items():
+            if key in settings:
+                settings[key] = value
+        write_json(folder / "generation_config.json", settings)
+    if plan.alignment is not None:
+        plan.alignment.write(folder)
+    else:
+        copy_files(tokenizer_files(donor.tokenizer_folder), donor.tokenizer_folder, folder)
+    if plan.recipe.chat_template:
+        tokenizers = [read_tokenizer(parent.tokenizer_folder) for parent in plan.parents.values()]
+        text = chat_template(plan.recipe.chat_template, tokenizers)
+        (folder / "chat_template.jinja").write_text(text, encoding="utf-8")
+    resolved = resolved_recipe(plan)
+    (folder / RECIPE_FILE).write_text(dump_recipe(resolved), encoding="utf-8")
+    (folder / "README.md").write_text(_card(plan, resolved), encoding="utf-8")
+
+
+def versions() -> dict[str, str]:
+    found = {"hf_fuse": hf_fuse.__version__}
+    for package in ("torch", "transformers", "safetensors"):
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+def _config(plan: Plan) -> dict[str, Any]:
+    floats = {unit.dtype for unit in plan.units if unit.dtype in FLOAT_DTYPES}
+    changed_dtype = plan.recipe.out_dtype is not None and len(floats) == 1
+    return output_config(
+        plan.reference.checkpoint.config,
+        out_dtype=floats.pop() if changed_dtype else None,
+        layers=_layers(plan) if plan.recipe.slices else None,
+        vocab_size=plan.alignment.size if plan.alignment else None,
+        special_ids=plan.alignment.special_ids if plan.alignment else {},
+        tied=plan.tying.tied if plan.tying.changed else None,
+    )
+
+
+def _layers(plan: Plan) -> list[tuple[dict[str, Any], int]]:
+    """For each output layer the config of its first source and the layer's index there."""
+    found: dict[int, tuple[dict[str, Any], int]] = {}
+    for unit in plan.units:
+        layer = layer_of(unit.name)
+        if layer is not None and layer[1] not in found:
+            first = unit.base or unit.inputs[0]
+            found[layer[1]] = (plan.parents[first.key].checkpoint.config, layer_of(first.name)[1])
+    return [found[index] for index in sorted(found)]
+
+
+def resolved_recipe(plan: Plan) -> Recipe:
+    """The recipe with every Hub input pinned to its commit and the versions that made it. Run again, it makes the same
+    bytes. Where the result went is left out: it is not part of what was made."""
+
+    def pin(ref: ModelRef) -> ModelRef:
+        parent = plan.parents[ref.key]
+        update: dict[str, Any] = {}
+        if ref.adapter is None and parent.adapter is not None:
+            update["revision"] = parent.adapter_commit
+        else:
+            update["revision"] = parent.checkpoint.commit
+            update["adapter_revision"] = parent.adapter_commit
+        update = {key: value for key, value in update.items() if value}
+        return ref.model_copy(update=update)
+
+    recipe = plan.recipe
+    update: dict[str, Any] = {"models": [pin(model) for model in recipe.models]}
+    if recipe.base_model:
+        update["base_model"] = pin(recipe.base_model)
+    if recipe.slices:
+        update["slices"] = [
+            piece.model_copy(
+                update={"sources": [s.model_copy(update={"model": pin(s.model)}) for s in piece.sources]}
+                | ({"base_model": pin(piece.base_model)} if piece.base_model else {})
+            )
+            for piece in recipe.slices
+        ]
+    update |= {"output": None, "push": None, "seed": recipe.seed, "provenance": {"versions": versions()}}
+    if not recipe.models:
+        del update["models"]
+    return recipe.model_copy(update=update)
+
+
+def _card(plan: Plan, resolved: Recipe) -> str:
+    recipe = plan.recipe
+    title = Path(recipe.output).name if recipe.output else "merged model"
+    parents = []
+    weights = {model.key: model.weight for model in recipe.models}
+    for parent in plan.parents.values():
+        for ref, repo_id, commit, folder in _origins(parent):
+            parents.append(
+                {"ref": ref, "repo_id": repo_id, "commit": commit, "license": read_license(folder), "role": parent.role,
+                 "weight": weights.get(parent.ref.key)}
+            )  # fmt: skip
+    return merge_card(
+        {
+            "title": title,
+            "method": plan.method.name,
+            "summary": plan.method.summary,
+            "paper": plan.method.paper,
+            "architecture": plan.reference.checkpoint.architecture,
+            "recipe_yaml": dump_recipe(_without_paths(resolved)),
+            "parents": parents,
+            "versions": versions(),
+            "warnings": plan.warnings,
+            "figures": {},
+        }
+    )
+
+
+def _origins(parent: Parent) -> list[tuple[str, str | None, str | None, Path]]:
+    """The repositories or folders a parent comes from: the full model, and the adapter if there is one."""
+    checkpoint = parent.checkpoint
+    full = (checkpoint.ref, checkpoint.repo_id, checkpoint.commit, checkpoint.folder)
+    if parent.adapter is None:
+        return [full]
+    adapter = parent.adapter.folder
+    return [full, (parent.ref.adapter or parent.ref.path, parent.adapter_repo, parent.adapter_commit, adapter)]
+
+
+def _without_paths(recipe: Recipe) -> Recipe:
+    """Local folders by their names only: a card is published, the layout of somebody's disk is not."""
+
+    def strip(ref: ModelRef) -> ModelRef:
+        update = {}
+        for field in ("path", "adapter"):
+            value = getattr(ref, field)
+            if value and (Path(value).expanduser().is_dir() or value.count("/") != 1):
+                update[field] = Path(value).name
+        return ref.model_copy(update=update)
+
+    update: dict[str, Any] = {}
+    if recipe.models:
+        update["models"] = [strip(model) for model in recipe.models]
+    if recipe.base_model:
+        update["base_model"] = strip(recipe.base_model)
+    if recipe.slices:
+        update["slices"] = [
+            piece.model_copy(
+                update={"sources": [s.model_copy(update={"model": strip(s.model)}) for s in piece.sources]}
+                | ({"base_model": strip(piece.base_model)} if piece.base_model else {})
+            )
+            for piece in recipe.slices
+        ]
+    return recipe.model_copy(update=update)

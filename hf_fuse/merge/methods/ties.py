@@ -1,0 +1,90 @@
+"""TIES-Merging: trim small changes, elect a sign per parameter, average only what agrees."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Annotated, Literal
+
+import torch
+from torch import Tensor
+from torch.nn.functional import hardshrink
+
+from hf_fuse.merge.methods._election import NEGATIVE, POSITIVE, combine_agreeing, sign_balance
+from hf_fuse.merge.methods._passes import Measurement, Pass, Seen
+from hf_fuse.merge.methods._threshold import kth_largest_magnitude
+from hf_fuse.registry import Between, PerModel
+
+PAPER = "https://arxiv.org/abs/2306.01708"
+SCALARS = "mean"
+
+
+def measure(
+    count: int,
+    numel: int,
+    dtype: torch.dtype,
+    *,
+    density: Sequence[float],
+    trim: str,
+    tie: str,
+) -> Measurement:
+    """State: the K trim thresholds, and the sign of elements whose votes cancel."""
+    # The authors' code keeps one element more than the density says; `exact` keeps the number, at least one.
+    ranks = [int(numel * d) + 1 if trim == "paper" else max(1, int(numel * d)) for d in density]
+    ranks = [numel + 1 if d >= 1 else rank for d, rank in zip(density, ranks)]
+    thresholds = yield from kth_largest_magnitude(ranks, numel, dtype)
+    if tie == "positive":
+        return thresholds, POSITIVE
+
+    def add(block_KN: Tensor, total: Tensor, seen: Seen) -> None:
+        total += sign_balance(_trimmed(block_KN, thresholds, seen.options["weight"])).cpu()
+
+    balance = yield Pass(torch.zeros((), dtype=torch.int64), add)
+    return thresholds, POSITIVE if balance > 0 else NEGATIVE
+
+
+def ties(
+    deltas_KN: Tensor,
+    *,
+    weight: PerModel = 1.0,
+    density: Annotated[PerModel, Between(0, 1, open_low=True)] = 0.2,
+    lambda_: float = 1.0,
+    normalize: bool = True,
+    scope: Literal["model", "tensor"] = "model",
+    trim: Literal["paper", "exact"] = "paper",
+    tie: Literal["majority", "positive"] = "majority",
+    state: tuple[Sequence[float], float],
+) -> Tensor:
+    """``theta_0 + lambda * disjoint mean of trimmed task vectors``.
+
+    Args:
+        deltas_KN: task vectors, N elements.
+        weight: factor of each model's task vector, before the vote; all 1 in the paper.
+        density: share of each task vector to keep, by magnitude.
+        lambda_: scale of the merged task vector; the paper searches 0.8 to 2.5, 1 without validation data (unverified).
+        normalize: divide by the weights of the agreeing models (mean); off: their sum.
+        scope: trim over the whole model, as the authors do, or within each tensor.
+        trim: ``paper`` keeps int(density * n) + 1 elements as the authors' code, ``exact`` int(density * n); elements
+            equal to the threshold are all kept either way.
+        tie: sign where the votes cancel exactly: that of the majority of the model (the authors), or positive.
+        state: thresholds and the sign for ties.
+    """
+    thresholds, tied = state
+    values_KN = _trimmed(deltas_KN, thresholds, weight)
+    return combine_agreeing(values_KN, weight, tied=tied, normalize=normalize).mul_(lambda_)
+
+
+def _trimmed(deltas_KN: Tensor, thresholds: Sequence[float], weight: Sequence[float]) -> Tensor:
+    """``w_k tau_k`` where |tau_k| reaches the threshold, else 0."""
+    values_KN = torch.empty_like(deltas_KN)
+    for k, threshold in enumerate(thresholds):
+        if threshold > 0:
+            # hardshrink keeps what is strictly larger, so it is given the next smaller number.
+            just_below = torch.nextafter(
+                deltas_KN.new_tensor(threshold, device="cpu"), torch.zeros((), dtype=deltas_KN.dtype)
+            )
+            values_KN[k] = hardshrink(deltas_KN[k], float(just_below))
+        else:
+            values_KN[k] = deltas_KN[k]
+        if weight[k] != 1:
+            values_KN[k] *= weight[k]
+    return values_KN

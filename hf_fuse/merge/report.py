@@ -1,0 +1,140 @@
+"""The plan and the list of methods, for people."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+from rich.table import Table
+
+from hf_fuse import registry
+
+if TYPE_CHECKING:
+    from hf_fuse.merge.plan import Plan
+    from hf_fuse.registry import Method
+
+
+def size(count: float) -> str:
+    """``1234567890`` -> ``1.23 GB`` (powers of ten)."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if count < 1000:
+            return f"{count:.3g} {unit}" if unit != "B" else f"{count:.0f} B"
+        count /= 1000
+    return f"{count:.3g} TB"
+
+
+def print_plan(plan: Plan, console: Console) -> None:
+    facts = plan.to_dict()
+    paper = f"  {plan.method.paper}" if plan.method.paper else ""
+    console.print(f"[bold]{plan.method.name}[/]: {plan.method.summary}{paper}", highlight=False)
+    table = Table(title="models", title_justify="left")
+    for column in ("role", "model", "commit", "tensors", "size", "dtypes", "tokenizer"):
+        table.add_column(column, justify="right" if column in ("tensors", "size") else "left", overflow="fold")
+    for parent in facts["parents"]:
+        table.add_row(
+            parent["role"],
+            parent["ref"] + (f"\n(LoRA on {parent['adapter']['targets']} tensors)" if "adapter" in parent else ""),
+            (parent["commit"] or "local")[:10],
+            str(parent["tensors"]),
+            size(parent["bytes"]),
+            ", ".join(f"{dtype} {count}" for dtype, count in parent["dtypes"].items()),
+            parent["tokenizer"],
+        )
+    console.print(table)
+    rows = Table(show_header=False, box=None, pad_edge=False)
+    for name, value in _lines(facts):
+        rows.add_row(f"[dim]{name}[/]", value)
+    console.print(rows)
+    for warning in plan.warnings:
+        console.print(f"[yellow]note:[/] {warning}", highlight=False)
+
+
+def _lines(facts: dict[str, Any]) -> list[tuple[str, str]]:
+    tensors = ", ".join(f"{count} {action}" for action, count in facts["tensors"].items())
+    dtypes = ", ".join(f"{dtype} {count}" for dtype, count in facts["out_dtypes"].items())
+    passes = f"{facts['passes']} pass{'es' if facts['passes'] > 1 else ''} of {size(facts['bytes_read'])}"
+    lines = [
+        ("tensors", f"{tensors} ({facts['parameters']:,} parameters)"),
+        ("reads", f"at most {passes}" if facts["passes"] > 2 else passes),
+        ("writes", f"{size(facts['bytes_written'])} in {len(facts['files'])} file(s), {dtypes}"),
+        ("memory", f"about {size(facts['peak_memory'])} at the peak"),
+    ]
+    if facts["tied"]:
+        lines.append(("head", "tied to the embedding"))
+    if facts["vocabulary"]:
+        lines.append(("vocabulary", f"{facts['vocabulary']} tokens ({facts['tokenizer']})"))
+    if facts["output"]:
+        lines.append(("output", f"{facts['output']} ({size(facts['free_disk'])} free)"))
+    if facts["push"]:
+        lines.append(("push", facts["push"]))
+    return lines
+
+
+def method_facts(method: Method) -> dict[str, Any]:
+    """What ``hf-fuse list --json`` says about one merge method."""
+    from hf_fuse.merge.units import takes_base
+
+    low, high = getattr(method.module, "MODELS", (1, None))
+    return {
+        "name": method.name,
+        "summary": method.summary,
+        "paper": method.paper,
+        "base": {True: "required", False: "no", None: "optional"}[takes_base(method)],
+        "models": f"{low}" if low == high else f"{low}+" if high is None else f"{low}-{high}",
+        "parameters": {
+            option.name: {
+                "type": option.describe(),
+                "default": None if option.required else option.default,
+                "required": option.required,
+                "per_model": option.per_model,
+            }
+            for option in method.options.values()
+        },
+    }
+
+
+def print_methods(console: Console) -> None:
+    table = Table()
+    for column in ("method", "what it does", "models", "base", "parameters", "paper"):
+        table.add_column(column, overflow="fold")
+    for name in registry.names("merge"):
+        facts = method_facts(registry.get("merge", name))
+        table.add_row(
+            name, facts["summary"], facts["models"], facts["base"], ", ".join(facts["parameters"]), facts["paper"] or ""
+        )
+    console.print(table)
+
+
+def print_method(name: str, console: Console) -> None:
+    method = registry.get("merge", name)
+    facts = method_facts(method)
+    console.print(f"[bold]{name}[/]: {facts['summary']}", highlight=False)
+    if facts["paper"]:
+        console.print(facts["paper"])
+    console.print(f"models: {facts['models']}, base: {facts['base']}", highlight=False)
+    table = Table()
+    for column in ("parameter", "type", "default"):
+        table.add_column(column)
+    for key, option in facts["parameters"].items():
+        table.add_row(key, option["type"], "required" if option["required"] else str(option["default"]))
+    console.print(table)
+    console.print((method.function.__doc__ or "").strip("\n"), highlight=False, markup=False)
+    console.print("\nrecipe:", style="bold")
+    console.print(example_recipe(facts), highlight=False, markup=False)
+
+
+def example_recipe(facts: dict[str, Any]) -> str:
+    """A recipe to paste, with every parameter at its default."""
+    count = {"1": 1}.get(facts["models"], 2)
+    lines = [f"method: {facts['name']}"]
+    if facts["base"] == "required":
+        lines.append("base_model: path/or/org-name")
+    lines.append("models:")
+    lines += [f"  - path: path/of/model-{k + 1}" for k in range(count)]
+    if facts["parameters"]:
+        lines.append("parameters:")
+        for name, option in facts["parameters"].items():
+            default = option["default"]
+            text = str(default).lower() if isinstance(default, bool) else default
+            lines.append(f"  {name}: {text}")
+    return "\n".join(lines)
