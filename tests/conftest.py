@@ -1,0 +1,58 @@
+"""Points the Hub client at a loopback server before anything imports it: the client reads these settings once."""
+
+from __future__ import annotations
+
+import os
+import sys
+import tempfile
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+assert "huggingface_hub" not in sys.modules, "the Hub client was imported before its endpoint was set"
+sys.path.insert(0, str(Path(__file__).parent))
+
+from hub_server import HubServer  # noqa: E402
+
+USER, ORGANISATION = "ada", "lab"
+SERVER = HubServer()
+_home = tempfile.TemporaryDirectory(prefix="hf_fuse_tests_")
+for _name in ("HF_HUB_OFFLINE", "HF_HUB_CACHE", "HF_TOKEN_PATH", "HUGGING_FACE_HUB_TOKEN", "HTTP_PROXY", "http_proxy"):
+    os.environ.pop(_name, None)
+os.environ |= {
+    "HF_ENDPOINT": SERVER.url,
+    "HF_HOME": _home.name,
+    "HF_TOKEN": SERVER.token(USER, orgs={ORGANISATION: "write", "guild": "read"}),
+    "HF_HUB_DISABLE_XET": "1",
+    "HF_HUB_DISABLE_TELEMETRY": "1",
+    "HF_HUB_DISABLE_UPDATE_CHECK": "1",
+    "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+    "NO_PROXY": "127.0.0.1,localhost",
+    "no_proxy": "127.0.0.1,localhost",
+}
+
+
+@pytest.fixture
+def hub() -> Iterator[HubServer]:
+    """The loopback Hub, no faults set, its log empty. ``HF_TOKEN`` belongs to ``ada``, who may write to ``lab``."""
+    SERVER.clear_faults()
+    SERVER.log.clear()
+    yield SERVER
+    SERVER.clear_faults()
+
+
+@pytest.fixture
+def repo_id() -> str:
+    """A repository id nobody else uses; the repository does not exist yet."""
+    return f"{USER}/{uuid.uuid4().hex[:12]}"
+
+
+@pytest.fixture
+def hub_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty cache for downloads of this process."""
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub_cache"))
+    return tmp_path / "hub_cache"
