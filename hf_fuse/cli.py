@@ -201,9 +201,7 @@ def inspect(
     models: Annotated[list[str], typer.Argument(help="Fine-tuned models: folders or Hub ids.")],
     base: Annotated[str, typer.Option(help="The model they were fine-tuned from.")],
     as_json: Json = False,
-    plot: Annotated[
-        Path | None, typer.Option(help="Save a heat-map of the cosines here.", show_default=False)
-    ] = None,
+    plot: Annotated[Path | None, typer.Option(help="Save a heat-map of the cosines here.", show_default=False)] = None,
     per_tensor: Annotated[bool, typer.Option("--per-tensor", help="One row per tensor.")] = False,
     allow_pickle: Pickle = False,
 ) -> None:

@@ -108,6 +108,11 @@ class Method:
     paper: str | None
     options: dict[str, Option]
 
+    @property
+    def argument(self) -> str:
+        """Name of the first parameter: what the method works on."""
+        return next(iter(inspect.signature(self.function).parameters))
+
     def option(self, name: str, where: str) -> Option:
         if name not in self.options:
             raise RecipeError(f"{where}: {self.name} has no parameter {name!r}. {nearest(name, self.options)}")

@@ -27,7 +27,7 @@ from hf_fuse.merge.plan import Plan, plan
 from hf_fuse.merge.progress import Progress
 from hf_fuse.merge.sources import BLOCK, Buffers, MemorySource
 from hf_fuse.merge.units import COPY, MEAN, MERGE, Input, Unit, build_units
-from hf_fuse.merge.workers import Workers, World, unit_of
+from hf_fuse.merge.workers import Workers, World, needs_whole_tensor
 from hf_fuse.recipe import Recipe, load_recipe
 from hf_fuse.registry import Method
 
@@ -92,15 +92,16 @@ class Merger:
             return  # finite numbers whose sum overflows
         if part is None:
             raise OutputError(
-                f"tensor {unit.name}: the merge makes at least {bad} value(s) that are not finite in {unit.dtype}. Choose "
-                "smaller weights or a wider out_dtype, or pass --allow-nonfinite."
+                f"tensor {unit.name}: the merge makes at least {bad} value(s) that are not finite in {unit.dtype}. "
+                "Choose smaller weights or a wider out_dtype, or pass --allow-nonfinite."
             )
         raise CheckpointError(
             f"{part.key}: tensor {part.name} holds at least {bad} NaN or infinite value(s). Mend the model, or pass "
             "--allow-nonfinite to merge it all the same."
         )
 
-    def blocks(self, unit: Unit, first: int, last: int, step: int) -> Iterator[tuple[int, int]]:
+    @staticmethod
+    def blocks(first: int, last: int, step: int) -> Iterator[tuple[int, int]]:
         for start in range(first, last, step):
             yield start, min(start + step, last)
 
@@ -110,7 +111,7 @@ class Merger:
         """What has to be measured before this unit: its own tensor, the whole model, or nothing."""
         if unit.action != MERGE or not hasattr(self.method.module, "measure"):
             return None
-        if unit_of(self.method, unit.options) == "tensor":
+        if needs_whole_tensor(self.method, unit):
             return None
         return unit.options.get("scope") or getattr(self.method.module, "MEASURE_SCOPE", "model")
 
@@ -130,7 +131,7 @@ class Merger:
             total = self._add_blocks(wanted, unit, 0, unit.numel, wanted.total.clone(), buffers)
 
     def _add_blocks(self, wanted: Pass, unit: Unit, first: int, last: int, total: Tensor, buffers: Buffers) -> Tensor:
-        for start, stop in self.blocks(unit, first, last, BLOCK):
+        for start, stop in self.blocks(first, last, BLOCK):
             if wanted.share > 1:
                 stop = min(stop, start + BLOCK // wanted.share)
             block, _ = self.block(unit, start, stop, buffers)
@@ -191,8 +192,8 @@ class Merger:
         """Pieces of work, large first: whole tensors, or cuts of those that may be cut."""
         found = []
         for unit in units:
-            whole = self.scope(unit) == "tensor" or unit_of(self.method, unit.options) == "tensor"
-            step = max(unit.numel, 1) if whole and unit.action == MERGE else SPLIT_ABOVE
+            whole = self.scope(unit) == "tensor" or needs_whole_tensor(self.method, unit)
+            step = max(unit.numel, 1) if whole else SPLIT_ABOVE
             found += [(unit, start, min(start + step, unit.numel)) for start in range(0, max(unit.numel, 1), step)]
         return sorted(found, key=lambda job: job[1] - job[2])
 
@@ -205,8 +206,8 @@ class Merger:
         scope = self.scope(unit)
         if "state" in self._arguments and unit.action == MERGE:
             options["state"] = self.measure_tensor(unit, buffers) if scope == "tensor" else self.states.get("")
-        whole = unit.action == MERGE and unit_of(self.method, unit.options) == "tensor"
-        for start, stop in self.blocks(unit, first, last, max(unit.numel, 1) if whole else self.chunk):
+        whole = needs_whole_tensor(self.method, unit)
+        for start, stop in self.blocks(first, last, max(unit.numel, 1) if whole else self.chunk):
             block, base = self.block(unit, start, stop, buffers)
             if unit.action == MEAN:
                 weight = unit.options["weight"]
@@ -232,7 +233,7 @@ class Merger:
 
     def _copy(self, unit: Unit, first: int, last: int, sink: Sink, buffers: Buffers) -> None:
         part = unit.inputs[0]
-        for start, stop in self.blocks(unit, first, last, self.chunk):
+        for start, stop in self.blocks(first, last, self.chunk):
             out = buffers.bytes((stop - start) * DTYPE_BYTES[unit.dtype], "out")
             self.sources[part.key].raw(part.name, start, out, buffers)
             self.progress.add(out.numel())
@@ -293,13 +294,14 @@ def merge(
         The output folder.
 
     Raises:
-        FuseError: with one message that says what, where and what to do. No output is left then, and an old one is intact.
+        FuseError: with one message that says what, where and what to do. No output is left then, an old one is intact.
     """
     place = _device(device)
     if isinstance(recipe, Plan):
         made = recipe
     else:
-        made = plan(recipe, overrides=overrides, output=output, overwrite=overwrite, allow_pickle=allow_pickle, verify=verify)  # fmt: skip
+        options = {"overwrite": overwrite, "allow_pickle": allow_pickle, "verify": verify}
+        made = plan(recipe, overrides=overrides, output=output, **options)
     if made.recipe.output is None:
         raise RecipeError("output: no folder is given. Pass --output DIR, or say output in the recipe.")
     target = _push_target(made, push, private)

@@ -27,14 +27,14 @@ def write_companions(plan: Plan, folder: Path) -> None:
     generation = donor.checkpoint.folder / "generation_config.json"
     if generation.exists():
         settings = read_json(generation)
-        for key, value in (plan.alignment.special_ids if plan.alignment else {}).items():
-            if key in settings:
-                settings[key] = value
+        if plan.alignment is not None:
+            settings = _renumbered(settings, plan)
         write_json(folder / "generation_config.json", settings)
     if plan.alignment is not None:
         plan.alignment.write(folder)
     else:
         copy_files(tokenizer_files(donor.tokenizer_folder), donor.tokenizer_folder, folder)
+    _forget_code(folder / "tokenizer_config.json")
     if plan.recipe.chat_template:
         tokenizers = [read_tokenizer(parent.tokenizer_folder) for parent in plan.parents.values()]
         text = chat_template(plan.recipe.chat_template, tokenizers)
@@ -42,6 +42,24 @@ def write_companions(plan: Plan, folder: Path) -> None:
     resolved = resolved_recipe(plan)
     (folder / RECIPE_FILE).write_text(dump_recipe(resolved), encoding="utf-8")
     (folder / "README.md").write_text(_card(plan, resolved), encoding="utf-8")
+
+
+def _forget_code(path: Path) -> None:
+    """Code files are not carried over, so nothing may ask for them."""
+    if path.exists() and "auto_map" in (settings := read_json(path)):
+        del settings["auto_map"]
+        write_json(path, settings)
+
+
+def _renumbered(settings: dict[str, Any], plan: Plan) -> dict[str, Any]:
+    """Generation settings with token ids of the output's vocabulary; ids that it does not have are dropped."""
+
+    def moved(value: Any) -> Any:
+        if isinstance(value, list):
+            return [new for new in map(moved, value) if new is not None]
+        return plan.alignment.output_id(plan.reference.ref.key, value) if isinstance(value, int) else value
+
+    return {key: moved(value) if key.endswith("_token_id") else value for key, value in settings.items()}
 
 
 def versions() -> dict[str, str]:

@@ -105,11 +105,11 @@ class Plan:
     def peak_memory(self) -> int:
         """Estimate of the peak of anonymous memory in bytes, interpreter and libraries included."""
         from hf_fuse.merge.sources import BLOCK
-        from hf_fuse.merge.workers import default_workers, unit_of
+        from hf_fuse.merge.workers import default_workers, needs_whole_tensor
 
         width = 8 if self.recipe.dtype == "float64" else 4
         models = max((len(unit.inputs) for unit in self.units), default=1)
-        whole = max((u.numel for u in self.units if unit_of(self.method, u.options) == "tensor"), default=0)
+        whole = max((u.numel for u in self.units if needs_whole_tensor(self.method, u)), default=0)
         # Block of K models, base, result, about as much again for the method's intermediate values, raw bytes.
         blocks = default_workers() * BLOCK * (2 * models + 4) * width
         return 300_000_000 + blocks + whole * (2 * models + 4) * width
@@ -177,8 +177,8 @@ def plan(
     for parent in parents.values():
         if parent.checkpoint.config.get("quantization_config"):
             raise CheckpointError(
-                f"{parent.ref.key}: is quantised, as its config.json says (quantization_config); quantised numbers can't "
-                "be merged. Use the unquantised model."
+                f"{parent.ref.key}: is quantised (quantization_config in its config.json); quantised numbers can't be "
+                "merged. Use the unquantised model."
             )
         if parent.checkpoint.config.get("auto_map"):
             warnings.append(
@@ -204,8 +204,8 @@ def plan(
         needed, free = layout.nbytes + SPARE_BYTES, _free(folder)
         if free < needed:
             raise OutputError(
-                f"{folder}: the disk has {free / 1e9:.2f} GB free, the output needs {needed / 1e9:.2f} GB. Free some space "
-                "or choose another output."
+                f"{folder}: the disk has {free / 1e9:.2f} GB free, the output needs {needed / 1e9:.2f} GB. Free some "
+                "space or choose another output."
             )
     return made
 
@@ -307,7 +307,8 @@ def _align(recipe: Recipe, parents: dict[str, Parent], warnings: list[str]) -> A
         if wrong:
             raise CheckpointError(
                 f"{wrong[0]}: its tokenizer is incompatible with that of {first} "
-                f"({'; '.join(comparisons[wrong[0]].reasons[:3])}). Say tokenizer: base or tokenizer: union in the recipe."
+                f"({'; '.join(comparisons[wrong[0]].reasons[:3])}). Say tokenizer: base or tokenizer: union in the "
+                "recipe."
             )
         return None
     lacking = [key for key, tokenizer in tokenizers.items() if tokenizer is None]
@@ -327,6 +328,7 @@ def _align(recipe: Recipe, parents: dict[str, Parent], warnings: list[str]) -> A
         token_sources={token: source.model_dump() for token, source in entry.tokens.items()} or None,
         pad_to_multiple_of=entry.pad_to_multiple_of,
     )
+    warnings += alignment.notes
     plain = {key: parent.source for key, parent in parents.items()}
     for key, parent in parents.items():
         if not alignment.identity(key):

@@ -74,8 +74,7 @@ def _said(parameters: Mapping[str, Any], weight: Any) -> dict[str, Any]:
 
 def takes_base(method: Method) -> bool | None:
     """True: needs a base (task vectors); False: does without; None: uses one if there is one."""
-    first = next(iter(method.function.__code__.co_varnames))
-    return {"models_KN": False, "deltas_KN": True, "vectors_KN": None}[first]
+    return {"models_KN": False, "deltas_KN": True, "vectors_KN": None}[method.argument]
 
 
 def build_units(recipe: Recipe, method: Method, tables: Tables, tying: Tying) -> list[Unit]:
@@ -157,7 +156,7 @@ def _check_groups(recipe: Recipe, method: Method, groups: list[_Group]) -> None:
 
 
 def _slice_groups(recipe: Recipe, method: Method, tables: Tables) -> list[_Group]:
-    """One group per slice, plus one for everything outside the layers, taken from the slices' first and last sources."""
+    """One group per slice, plus one for everything outside the layers, merged like the first slice."""
     assert recipe.slices
     stack = _the_stack(recipe, tables)
     groups, position = [], 0
@@ -195,7 +194,8 @@ def _the_stack(recipe: Recipe, tables: Tables) -> str:
     found = stacks(tables[first])
     if len(found) != 1:
         raise RecipeError(
-            f"slices: {first} has {len(found)} stacks of layers ({', '.join(sorted(found)) or 'none'}); slices need one."
+            f"slices: {first} has {len(found)} stacks of layers ({', '.join(sorted(found)) or 'none'}); slices need "
+            "exactly one."
         )
     return next(iter(found))
 
@@ -305,7 +305,7 @@ def _unit(
     dtype = DTYPE_CODES[recipe.out_dtype] if recipe.out_dtype and info.is_float else info.dtype
     if not info.is_float:
         return Unit(name, dtype, info.shape, COPY, [first])
-    if not inputs or (takes_base(method) and base is None):
+    if not inputs or (group.base and base is None):
         return Unit(name, dtype, info.shape, MEAN, inputs or [first], options={"weight": [1.0] * max(len(inputs), 1)})
     shared: list[Scope] = [(w, said, inside if w.startswith("slices") else whole) for w, said in group.shared]
     per_model: list[list[Scope]] = [[(e.where, e.parameters, inside)] for e in present]

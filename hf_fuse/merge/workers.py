@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import inspect
 import os
 import threading
 from collections.abc import Callable, Iterable, Iterator
@@ -12,6 +13,7 @@ import torch
 
 from hf_fuse.errors import FuseError
 from hf_fuse.merge.sources import Buffers
+from hf_fuse.merge.units import MERGE, Unit
 from hf_fuse.registry import Method
 
 Job = TypeVar("Job")
@@ -23,18 +25,20 @@ def default_workers() -> int:
     return min(cores, MAX_WORKERS)
 
 
-def unit_of(method: Method, options: dict[str, Any]) -> str:
-    """``"element"`` or ``"tensor"``: whether the method may be given a tensor in blocks."""
+def needs_whole_tensor(method: Method, unit: Unit) -> bool:
+    """Whether the method must see this tensor in one piece instead of blocks."""
+    if unit.action != MERGE:
+        return False
     decide = getattr(method.module, "unit", None)
     if decide is None:
-        return getattr(method.module, "UNIT", "element")
-    names = decide.__code__.co_varnames[: decide.__code__.co_argcount]
-    return decide(**{name: options[name] for name in names if name in options})
+        return getattr(method.module, "UNIT", "element") == "tensor"
+    names = inspect.signature(decide).parameters
+    return decide(**{name: unit.options[name] for name in names}) == "tensor"
 
 
 class Workers:
-    """A group of threads with a :class:`Buffers` each. torch works single-threaded inside each of them: how torch splits
-    an operation among its own threads would otherwise leak into the last bit."""
+    """A group of threads with a :class:`Buffers` each. torch works single-threaded inside each of them: how torch
+    splits an operation among its own threads would otherwise leak into the last bit."""
 
     def __init__(self, device: torch.device, dtype: torch.dtype, count: int | None = None):
         self.count = count or default_workers()

@@ -1,13 +1,14 @@
 """Weight-space merge methods: one file, one function of the same name.
 
-The first argument tells what the engine hands over, always in the working precision (fp32 or fp64):
+The first argument tells what the engine hands over, in the working precision (fp32 or fp64):
 
 - ``models_KN``: the weights of K models, a block of N elements each; the result is the merged weights;
-- ``deltas_KN``: their differences from the base; the result is the merged difference, which the engine adds to the base;
+- ``deltas_KN``: their differences from the base; the result is the merged difference, to which the
+  engine adds the base;
 - ``vectors_KN``: differences if the recipe has a base, else weights.
 
-A method is elementwise unless its module says ``UNIT = "tensor"`` (or has a function ``unit(**options)`` that says so):
-then it gets ``[K, *shape]``. A module with ``measure(...)`` needs numbers from a whole tensor or model first: a generator
+A method is elementwise unless its module says ``UNIT = "tensor"`` (or a function ``unit(**options)`` there does): then
+it gets ``[K, *shape]``. A module with ``measure(...)`` needs numbers from a whole tensor or model first: a generator
 of :class:`~hf_fuse.merge.methods._passes.Pass` whose return value reaches the method as ``state``. ``MODELS = (low,
 high)`` bounds K; ``SCALARS = "mean"`` has 0-d tensors averaged instead.
 """

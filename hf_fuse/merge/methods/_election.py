@@ -20,8 +20,8 @@ def combine_agreeing(values_KN: Tensor, weight: Sequence[float], *, tied: float,
 
     Args:
         values_KN: differences already multiplied by their weights.
-        weight: K weights; with ``normalize`` the sum is divided by the weights of the models that agree and are not zero
-            there (1 each: the disjoint mean of the TIES paper).
+        weight: K weights; with ``normalize`` the sum is divided by the weights of the models that agree and are not
+            zero there (1 each: the disjoint mean of the TIES paper).
         tied: sign of elements whose values cancel exactly, +1 or -1.
     """
     sign_N = values_KN.sum(0).sign_().add_(0.5 * tied).sign_()

@@ -1,6 +1,6 @@
 """What a method may ask of the whole tensor or model before it merges: a number of additive passes.
 
-``measure`` is a generator. It yields a :class:`Pass`, is sent the pass's total over all blocks, may yield further passes
+``measure`` is a generator. It yields a :class:`Pass`, is sent the pass's total over all blocks, may yield more passes
 that depend on it, and returns the state for the method. Totals are sums, so threads and ranks can each see a part:
 integer totals are exact in any order, floating totals are added in a fixed one.
 """

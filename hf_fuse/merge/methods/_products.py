@@ -10,10 +10,11 @@ from hf_fuse.merge.methods._passes import Measurement, Pass
 
 def gram(count: int) -> Measurement:
     """The K x K matrix of inner products of whole tensors, fp64."""
-    return (yield Pass(torch.zeros(count, count, dtype=torch.float64), _add_products))
+    return (yield Pass(torch.zeros(count, count, dtype=torch.float64), add_products))
 
 
-def _add_products(block_KN: Tensor, total: Tensor, seen: object) -> None:
+def add_products(block_KN: Tensor, total: Tensor, seen: object = None) -> None:
+    """Adds the block's inner products to ``total``, ``fp64 [K, K]``."""
     products = _products(block_KN)
     squares = products.diagonal()
     # Squares of tiny or huge numbers leave the range of fp32: no method may depend on the unit of its weights.

@@ -39,8 +39,8 @@ def nuslerp(
     Args:
         vectors_KN: two models, or their task vectors if the recipe has a base; ``[2, N]`` or ``[2, *shape]``.
         weight: one number per model.
-        axis: what counts as one vector: the whole tensor, each row of a ``[out, in]`` matrix, or each column. 1-D tensors
-            are one vector always. (mergekit: ``nuslerp_row_wise: true`` means our ``columns``.)
+        axis: what counts as one vector: the whole tensor, each row of a ``[out, in]`` matrix, or each column. 1-D
+            tensors are one vector always. (mergekit: ``nuslerp_row_wise: true`` means our ``columns``.)
         state: 2x2 inner products of the whole tensor, for ``axis: tensor``.
     """
     total = weight[0] + weight[1]

@@ -16,6 +16,7 @@ from hf_fuse.registry import Between, PerModel
 
 PAPER = "https://arxiv.org/abs/2306.01708"
 SCALARS = "mean"
+PASSES = 4  # two samples and a full pass for the thresholds count as two, then the vote, then the merge
 
 
 def measure(

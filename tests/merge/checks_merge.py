@@ -1,0 +1,71 @@
+"""What every merge method promises, run over the registry: adding a method adds it here.
+
+A method that rightly breaks a promise says so in :data:`EXEMPT`, with the reason; an exemption that has become
+unnecessary fails.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from hf_fuse import merge_state_dicts, registry
+from hf_fuse.merge.units import takes_base
+
+# Parameters that make a check meaningful where defaults would not.
+PARAMETERS: dict[str, dict] = {"slerp": {"t": 0.3}, "passthrough": {"scale": 0.75}, "wise_ft": {"alpha": 0.75}}
+
+EXEMPT = {
+    "order": {
+        "slerp": "t counts from the first model",
+    },
+    "idempotent": {
+        "task_arithmetic": "adds the task vectors up",
+        "ties": "trims",
+        "dare_linear": "adds up, and drops at random",
+        "dare_ties": "adds up, and drops at random",
+        "passthrough": "scales here",
+        "wise_ft": "stops short of the fine-tuned model by intent",
+    },
+}
+SHAPES = {"matrix": (24, 40), "vector": (67,), "cube": (3, 5, 8), "scalar": (), "single": (1,), "row": (1, 33)}
+
+
+def method_names() -> list[str]:
+    return registry.names("merge")
+
+
+def count_of(name: str) -> int:
+    low, high = getattr(registry.get("merge", name).module, "MODELS", (1, None))
+    return 3 if high is None else high
+
+
+def needs_base(name: str) -> bool:
+    return takes_base(registry.get("merge", name)) is True
+
+
+def family(count: int, *, dtype: torch.dtype = torch.float32, spread: float = 0.05, seed: int = 0):
+    """A base and ``count`` fine-tunes of it, of every shape, with an integer buffer."""
+    generator = torch.Generator().manual_seed(seed)
+    base = {name: torch.randn(shape, generator=generator) for name, shape in SHAPES.items()}
+    models = [
+        {name: t + spread * torch.randn(t.shape, generator=generator) for name, t in base.items()} for _ in range(count)
+    ]
+    cast = [{name: t.to(dtype) for name, t in state.items()} for state in (base, *models)]
+    for state in cast:
+        state["position_ids"] = torch.arange(7)
+    return cast[0], cast[1:]
+
+
+def run(name: str, base, models, **options):
+    parameters = PARAMETERS.get(name, {}) | options.pop("parameters", {})
+    return merge_state_dicts(models, name, base=base if needs_base(name) else None, parameters=parameters, **options)
+
+
+def assert_same(one, other, *, exact: bool = True, tolerance: float = 0.0) -> None:
+    assert one.keys() == other.keys()
+    for key in one:
+        assert one[key].dtype == other[key].dtype and one[key].shape == other[key].shape, key
+        if exact:
+            assert torch.equal(one[key], other[key]), key
+        else:
+            torch.testing.assert_close(one[key], other[key], atol=tolerance, rtol=tolerance, msg=f"{key} differs")
