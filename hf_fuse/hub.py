@@ -140,6 +140,7 @@ def push(
     already are not sent again. Nothing changes for readers of the repository until the commit.
 
     Args:
+        private: visibility of a new repository (None: as asked in ``check_push``, else the account's default).
         target: result of an earlier :func:`check_push`; the commit it saw must still be the newest. Default: looks now.
 
     Raises:
@@ -152,7 +153,7 @@ def push(
         raise HubError(f"{repo_id}: was checked as {target.repo_id}@{target.branch}. Run check_push for this target.")
     api = connect(token)
     with explained(target.repo_id, target.branch, "pushing"), quiet_unless_terminal():
-        parent = _prepare_branch(api, target, private)
+        parent = _prepare_branch(api, target, target.private if private is None else private)
         operations = _operations(api, target, parent, files)
         _commit_once(api, target, parent, operations, commit_message or "Push a model made with hf_fuse")
     address = f"{api.endpoint}/{target.repo_id}"

@@ -131,7 +131,8 @@ class HubServer:
         server.daemon_threads = True
         self._servers.append(server)
         threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True).start()
-        return f"http://127.0.0.1:{server.server_address[1]}"
+        # Another host name as well as another port: some versions of the client compare hosts only.
+        return f"http://{'127.0.0.1' if name == 'hub' else 'localhost'}:{server.server_address[1]}"
 
     def close(self) -> None:
         for server in self._servers:

@@ -52,8 +52,11 @@ def metadata(card: str) -> dict:
 def check_with_the_hub(hub: HubServer, card: str) -> None:
     """Both judges: the client's own parser, and the endpoint that every commit asks."""
     from huggingface_hub import ModelCard
+    from huggingface_hub.utils import get_session
 
-    ModelCard(card).validate(repo_type="model")
+    assert ModelCard(card).data.to_dict()
+    answer = get_session().post(f"{hub.url}/api/validate-yaml", json={"content": card, "repoType": "model"})
+    assert answer.status_code == 200 and answer.json() == {"errors": [], "warnings": []}, answer.text
 
 
 def test_front_matter(hub: HubServer) -> None:

@@ -151,6 +151,11 @@ def test_private_repository(hub: HubServer, repo_id: str, model_folder: Path, hu
     assert fetch_snapshot(repo_id)[1] == hub.head(repo_id)
 
 
+def test_privacy_asked_for_in_the_check_is_kept(hub: HubServer, repo_id: str, model_folder: Path) -> None:
+    push(model_folder, repo_id, target=check_push(repo_id, private=True))
+    assert hub.repos[repo_id].private
+
+
 def test_private_push_to_a_public_repository_is_refused(hub: HubServer, repo_id: str, model_folder: Path) -> None:
     hub.add_repo(repo_id)
     with pytest.raises(HubError, match="is public, but a private repository was asked for"):
