@@ -347,15 +347,19 @@ def _license_fields(license_id: str | None) -> dict[str, Any]:
 
 
 def _parent_name(parent: dict) -> str:
-    return parent.get("repo_id") or _public_name(parent["ref"])
+    return parent.get("repo_id") or _last_part(parent["ref"])
 
 
 def _public_name(value: str | Path) -> str:
     """Folder name instead of a path that says something about this machine; Hub ids and plain names as they are."""
     text = str(value)
     if re.match(r"(/|~|\.\.?[/\\]|[A-Za-z]:[\\/]|\\\\|file:)", text):
-        return re.split(r"[/\\]", text.rstrip("/\\"))[-1] or "local"
+        return _last_part(text)
     return text
+
+
+def _last_part(path: str) -> str:
+    return re.split(r"[/\\]", path.rstrip("/\\"))[-1] or "local"
 
 
 def _without_paths(text: str) -> str:

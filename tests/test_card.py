@@ -93,12 +93,15 @@ def test_body() -> None:
 
 def test_no_local_paths_anywhere(tmp_path: Path) -> None:
     parent = PROSE | {"ref": str(tmp_path / "expert")}
+    relative = PROSE | {"ref": "private/runs/expert3/"}
     windows = PROSE | {"ref": r"C:\Users\ada\expert2"}
     recipe = yaml.safe_dump({"models": [{"path": parent["ref"]}, {"path": windows["ref"]}, {"path": "~/secret/m"}]})
-    card = merge_card(info(parents=[parent, windows], recipe_yaml=recipe, warnings=[f"{tmp_path}/expert has no card"]))
-    for trace in (str(tmp_path), "/home", "Users", "~/", "secret", str(Path.home()) + "/"):
+    card = merge_card(
+        info(parents=[parent, windows, relative], recipe_yaml=recipe, warnings=[f"{tmp_path}/expert has no card"])
+    )
+    for trace in (str(tmp_path), "/home", "Users", "~/", "secret", "private", str(Path.home()) + "/"):
         assert trace not in card, trace
-    assert "expert" in card and "expert2" in card
+    assert "expert" in card and "expert2" in card and "| expert3 |" in card
     assert "base_model" not in metadata(card)
     with pytest.raises(FuseError, match="not a Hub id"):
         merge_card(info(parents=[BASE | {"repo_id": "/models/base"}]))
