@@ -116,7 +116,7 @@ def method_rule(name: Any, file: str) -> MethodRule:
     Raises:
         RecipeError: no method of mergekit, or one that is not supported.
     """
-    if name in METHODS:
+    if isinstance(name, str) and name in METHODS:
         return METHODS[name]
     if name in UNSUPPORTED:
         raise RecipeError(

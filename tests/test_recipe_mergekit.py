@@ -321,6 +321,7 @@ TA = "{merge_method: task_arithmetic, base_model: base"
             ["nuslerp_flatten and nuslerp_row_wise can't both vary"],
         ),
         ("{merge_method: tise, models: [{model: a}]}", ["'tise'", "'ties'"]),
+        ("{merge_method: [ties], models: [{model: a}]}", ["merge_method", "['ties']"]),
     ],
 )  # fmt: skip
 def test_what_stops_names_place_and_feature(text: str, said: list[str]):
