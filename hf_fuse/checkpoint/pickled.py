@@ -16,7 +16,7 @@ import zipfile
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from hf_fuse.checkpoint.reader import DTYPE_CODES, MAX_INDEX_BYTES, REDOWNLOAD, TensorInfo, read_json
+from hf_fuse.checkpoint.reader import DTYPE_CODES, REDOWNLOAD, TensorInfo, checked_index
 from hf_fuse.errors import CheckpointError
 
 if TYPE_CHECKING:
@@ -44,7 +44,7 @@ def convert_pickled(folder: Path) -> dict[str, TensorInfo]:
         return pickled_tensors(single)
     if not index.exists():
         raise CheckpointError(f"{folder}: no {SINGLE} and no {INDEX} found. {REDOWNLOAD}")
-    weight_map = _checked_index(index)
+    weight_map = checked_index(index, ".bin")
     missing = sorted({file for file in weight_map.values() if not (folder / file).exists()})
     if missing:
         raise CheckpointError(f"{folder}: {len(missing)} missing shard(s): {', '.join(missing)}. {REDOWNLOAD}")
@@ -193,20 +193,3 @@ def _copied(path: Path, state: dict[str, torch.Tensor]) -> dict[str, TensorInfo]
             "or set TMPDIR to a folder on another disk."
         ) from None
     return tensors
-
-
-def _checked_index(path: Path) -> dict[str, str]:
-    """``{tensor name: shard}``, shards confined to the index's folder."""
-    if path.stat().st_size > MAX_INDEX_BYTES:
-        raise CheckpointError(f"{path}: {path.stat().st_size} bytes, more than an index may have ({MAX_INDEX_BYTES}).")
-    weight_map = read_json(path).get("weight_map")
-    if not isinstance(weight_map, dict) or not weight_map:
-        raise CheckpointError(f"{path}: not an index: expected a filled 'weight_map' object. {REDOWNLOAD}")
-    for name, file in weight_map.items():
-        inside = isinstance(file, str) and re.fullmatch(r"[^/\\:\0]+\.bin", file) and not file.startswith("..")
-        if not inside:
-            raise CheckpointError(
-                f"{path}: tensor {name!r} points to {file!r}. Expected the name of a .bin file in the same folder; an "
-                "index that leaves its folder is not trusted."
-            )
-    return weight_map

@@ -12,7 +12,7 @@ import hashlib
 import json
 import os
 import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
@@ -123,8 +123,8 @@ def read_header(path: Path) -> tuple[dict[str, TensorInfo], dict[str, str]]:
     return tensors, metadata
 
 
-def checked_index(path: Path) -> dict[str, str]:
-    """Reads ``model.safetensors.index.json``: ``{tensor name: file name}``, file names confined to the folder."""
+def checked_index(path: Path, suffix: str = ".safetensors") -> dict[str, str]:
+    """Reads an index of shards: ``{tensor name: file name}``, file names confined to the folder."""
     if path.stat().st_size > MAX_INDEX_BYTES:
         raise CheckpointError(f"{path}: {path.stat().st_size} bytes, more than an index may have ({MAX_INDEX_BYTES}).")
     try:
@@ -134,10 +134,11 @@ def checked_index(path: Path) -> dict[str, str]:
     if not isinstance(weight_map, dict) or not weight_map:
         raise CheckpointError(f"{path}: 'weight_map' is not a filled JSON object. {REDOWNLOAD}")
     for name, file in weight_map.items():
-        inside = isinstance(file, str) and re.fullmatch(r"[^/\\:\0]+\.safetensors", file) and not file.startswith("..")
+        inside = isinstance(file, str) and re.fullmatch(r"[^/\\:\0]+", file) and file.endswith(suffix)
+        inside = inside and not file.startswith("..")
         if not inside:
             raise CheckpointError(
-                f"{path}: tensor {name!r} points to {file!r}. Expected the name of a .safetensors file in the same "
+                f"{path}: tensor {name!r} points to {file!r}. Expected the name of a {suffix} file in the same "
                 "folder; an index that leaves its folder is not trusted."
             )
     return weight_map
@@ -164,7 +165,6 @@ class Checkpoint:
     tensors: dict[str, TensorInfo]
     repo_id: str | None = None
     commit: str | None = None
-    metadata: dict[str, str] = field(default_factory=dict)
 
     @cached_property
     def config(self) -> dict:
@@ -212,11 +212,13 @@ def open_checkpoint(ref: str, revision: str | None = None, *, allow_pickle: bool
         CheckpointError: no such folder or repository, missing shards (all are listed), damaged or disagreeing files,
             or pickled weights without ``allow_pickle``.
     """
-    folder, repo_id, commit = resolve(ref, revision)
-    return Checkpoint(ref, folder, *_weights(folder, allow_pickle), repo_id=repo_id, commit=commit)
+    folder, repo_id, commit = resolve(ref, revision, allow_pickle=allow_pickle)
+    return Checkpoint(ref, folder, _weights(folder, allow_pickle), repo_id=repo_id, commit=commit)
 
 
-def resolve(ref: str, revision: str | None = None) -> tuple[Path, str | None, str | None]:
+def resolve(
+    ref: str, revision: str | None = None, *, allow_pickle: bool = False
+) -> tuple[Path, str | None, str | None]:
     """``ref`` -> (local folder, Hub id or None, commit or None). Downloads when ``ref`` is not a local folder."""
     path = Path(ref.removeprefix("hf://")).expanduser()
     if not ref.startswith("hf://") and path.is_dir():
@@ -228,44 +230,32 @@ def resolve(ref: str, revision: str | None = None) -> tuple[Path, str | None, st
     from hf_fuse.hub import fetch_snapshot
 
     repo_id = ref.removeprefix("hf://")
-    folder, commit = fetch_snapshot(repo_id, revision)
+    folder, commit = fetch_snapshot(repo_id, revision, allow_pickle=allow_pickle)
     return folder, repo_id, commit
 
 
-def _weights(folder: Path, allow_pickle: bool) -> tuple[dict[str, TensorInfo]]:
+def _weights(folder: Path, allow_pickle: bool) -> dict[str, TensorInfo]:
     index, single = folder / "model.safetensors.index.json", folder / "model.safetensors"
+    if index.exists() and single.exists():
+        raise CheckpointError(
+            f"{folder}: holds both model.safetensors and an index of shards; which is current cannot be known. Delete "
+            "the stale one."
+        )
     if index.exists():
-        if single.exists():
-            raise CheckpointError(
-                f"{folder}: holds both model.safetensors and an index of shards; which is current cannot be known. "
-                "Delete the stale one."
-            )
-        weight_map = checked_index(index)
-        missing = sorted({file for file in weight_map.values() if not (folder / file).exists()})
-        if missing:
-            raise CheckpointError(f"{folder}: {len(missing)} missing shard(s): {', '.join(missing)}. {REDOWNLOAD}")
-        tensors = {}
-        for file in sorted(set(weight_map.values())):
-            for name, info in read_header(folder / file)[0].items():
-                if weight_map.get(name) != file:
-                    listed = weight_map.get(name, "nowhere")
-                    raise CheckpointError(
-                        f"{folder / file}: holds tensor {name!r}, which the index lists in {listed}: index and files "
-                        f"disagree. {REDOWNLOAD}"
-                    )
-                tensors[name] = info
-        lost = sorted(set(weight_map) - set(tensors))
-        if lost:
-            raise CheckpointError(
-                f"{index}: lists {len(lost)} tensor(s) that no shard holds, first {lost[0]!r}. {REDOWNLOAD}"
-            )
-        return (tensors,)
-    if single.exists():
-        return (read_header(single)[0],)
-    lone = sorted(folder.glob("*.safetensors"))
-    if len(lone) == 1 and lone[0].name != "adapter_model.safetensors":
-        return (read_header(lone[0])[0],)
-    pickles = sorted(p.name for p in folder.glob("*.bin"))
+        return _sharded(folder, index)
+    files = [single] if single.exists() else sorted(folder.glob("*.safetensors"))
+    if (folder / "adapter_config.json").exists() and not single.exists():
+        raise CheckpointError(
+            f"{folder}: is an adapter, not a full model. Name the model it was trained on as base_model in the recipe."
+        )
+    if len(files) == 1:
+        return read_header(files[0])[0]
+    if files:
+        raise CheckpointError(
+            f"{folder}: several .safetensors files but no model.safetensors.index.json, so it is not known which "
+            f"belong to the model. {REDOWNLOAD}"
+        )
+    pickles = sorted(path.name for path in folder.glob("pytorch_model*.bin"))
     if pickles and not allow_pickle:
         raise CheckpointError(
             f"{folder}: holds only pickled weights ({pickles[0]}), which can run code when loaded. Convert it to "
@@ -274,17 +264,31 @@ def _weights(folder: Path, allow_pickle: bool) -> tuple[dict[str, TensorInfo]]:
     if pickles:
         from hf_fuse.checkpoint.pickled import convert_pickled
 
-        return (convert_pickled(folder),)
-    if len(lone) > 1:
-        raise CheckpointError(
-            f"{folder}: several .safetensors files but no model.safetensors.index.json, so it is not known which "
-            f"belong to the model. {REDOWNLOAD}"
-        )
-    if (folder / "adapter_config.json").exists():
-        raise CheckpointError(
-            f"{folder}: is an adapter, not a full model. Name the model it was trained on as base_model in the recipe."
-        )
+        return convert_pickled(folder)
     raise CheckpointError(f"{folder}: no model.safetensors or index found. Expected a folder saved by save_pretrained.")
+
+
+def _sharded(folder: Path, index: Path) -> dict[str, TensorInfo]:
+    weight_map = checked_index(index)
+    missing = sorted({file for file in weight_map.values() if not (folder / file).exists()})
+    if missing:
+        raise CheckpointError(f"{folder}: {len(missing)} missing shard(s): {', '.join(missing)}. {REDOWNLOAD}")
+    tensors = {}
+    for file in sorted(set(weight_map.values())):
+        for name, info in read_header(folder / file)[0].items():
+            if weight_map.get(name) != file:
+                listed = weight_map.get(name, "nowhere")
+                raise CheckpointError(
+                    f"{folder / file}: holds tensor {name!r}, which the index lists in {listed}: index and files "
+                    f"disagree. {REDOWNLOAD}"
+                )
+            tensors[name] = info
+    lost = sorted(set(weight_map) - set(tensors))
+    if lost:
+        raise CheckpointError(
+            f"{index}: lists {len(lost)} tensor(s) that no shard holds, first {lost[0]!r}. {REDOWNLOAD}"
+        )
+    return tensors
 
 
 class FilePool:

@@ -67,7 +67,7 @@ def resolve_tying(checkpoints: list[Checkpoint], choice: bool | None) -> Tying:
         said = "; ".join(f"{ref}: {verdict}" for ref, verdict in verdicts.items())
         raise CheckpointError(
             f"{head}: the models disagree whether it is tied to {embedding} ({said}). Say tie_word_embeddings: true "
-            "in the recipe to drop the separate heads, or false to keep a separate head (tied models lend their embedding)."
+            "in the recipe to drop the separate heads, or false to keep one (tied models lend their embedding)."
         )
     tied = choice if choice is not None else kinds == {"tied"}
     store_twice = tied and choice is None and bool(heads[checkpoints[0].ref])

@@ -1,8 +1,8 @@
 """Writes a checkpoint folder: all or nothing, in any order, with nothing held in memory.
 
-Names, shapes and dtypes are known before the first tensor is computed, so each file's header is written first and tensor
-bytes go to their final offsets with ``pwrite``, from any thread or process. The folder grows as ``<output>.partial`` and
-appears under its name with one rename after everything is on disk.
+Names, shapes and dtypes are known before the first tensor is computed, so each file's header is written first and
+tensor bytes go to their final offsets with ``pwrite``, from any thread or process. The folder grows as
+``<output>.partial`` and appears under its name with one rename after everything is on disk.
 """
 
 from __future__ import annotations
@@ -56,8 +56,8 @@ def _nbytes(dtype: str, shape: tuple[int, ...]) -> int:
 def lay_out(tensors: Iterable[tuple[str, str, tuple[int, ...]]], max_shard_bytes: int) -> Layout:
     """Plans files for ``(name, dtype code, shape)`` in order; a shard is closed before it would exceed the limit.
 
-    One shard is called ``model.safetensors``; several get the standard names and an index. A tensor larger than the limit
-    has a shard of its own.
+    One shard is called ``model.safetensors``; several get the standard names and an index. A tensor larger than the
+    limit has a shard of its own.
     """
     shards: list[list[tuple[str, str, tuple[int, ...]]]] = [[]]
     used, total, parameters = 0, 0, 0
@@ -212,11 +212,11 @@ def _exchange(new: Path, old: Path) -> None:
 def exclusive_output(output: Path, *, overwrite: bool = False) -> Iterator[PartialFolder]:
     """Holds the lock on ``output`` and yields its partial folder, which is removed if the block fails.
 
-    Leftovers of a killed run are recognised by their free lock and removed; an old output that such a run had moved aside
-    is put back.
+    Leftovers of a killed run are recognised by their free lock and removed; an old output that such a run had moved
+    aside is put back.
 
     Raises:
-        OutputError: the output exists and ``overwrite`` is off, another run is writing it, or the parent is not writable.
+        OutputError: the output exists and ``overwrite`` is off, another run is writing it, or the parent is read-only.
     """
     output = Path(output).expanduser().absolute()
     check_output(output, overwrite)
@@ -276,7 +276,8 @@ def _lock(output: Path) -> int:
             pid = os.pread(handle, 32, 0).decode(errors="replace").strip()
             os.close(handle)
             raise OutputError(
-                f"{output}: another run (process {pid or 'unknown'}) is writing it. Wait for it or choose another output."
+                f"{output}: another run (process {pid or 'unknown'}) is writing it. Wait for it, or choose another "
+                "output."
             ) from None
         # The previous holder may have unlinked the file between our open and our lock: then we locked a dead name.
         with contextlib.suppress(FileNotFoundError):

@@ -236,7 +236,8 @@ def print_inspection(inspection: Inspection, console: Console, *, per_tensor: bo
         if len(labels) > 1:
             off = ~torch.eye(len(labels), dtype=torch.bool)
             cells += [f"{row.cosines[off].mean():+.3f}", f"{row.sign_conflict[off].mean():.0%}"]
-        detail.add_row(row.name, *cells)
+        name = row.name if per_tensor else re.sub(r"^.*?\.\*\.", "*.", row.name)
+        detail.add_row(name.removesuffix(".weight"), *cells)
     console.print(detail)
 
 

@@ -41,7 +41,7 @@ def write_companions(plan: Plan, folder: Path) -> None:
         (folder / "chat_template.jinja").write_text(text, encoding="utf-8")
     resolved = resolved_recipe(plan)
     (folder / RECIPE_FILE).write_text(dump_recipe(resolved), encoding="utf-8")
-    (folder / "README.md").write_text(_card(plan, resolved), encoding="utf-8")
+    (folder / "README.md").write_text(_card(plan, resolved, folder), encoding="utf-8")
 
 
 def _forget_code(path: Path) -> None:
@@ -129,7 +129,7 @@ def resolved_recipe(plan: Plan) -> Recipe:
     return recipe.model_copy(update=update)
 
 
-def _card(plan: Plan, resolved: Recipe) -> str:
+def _card(plan: Plan, resolved: Recipe, folder: Path) -> str:
     recipe = plan.recipe
     title = Path(recipe.output).name if recipe.output else "merged model"
     parents = []
@@ -152,6 +152,7 @@ def _card(plan: Plan, resolved: Recipe) -> str:
             "versions": versions(),
             "warnings": plan.warnings,
             "figures": {},
+            "has_tokenizer": bool(tokenizer_files(folder)),
         }
     )
 
@@ -162,8 +163,8 @@ def _origins(parent: Parent) -> list[tuple[str, str | None, str | None, Path]]:
     full = (checkpoint.ref, checkpoint.repo_id, checkpoint.commit, checkpoint.folder)
     if parent.adapter is None:
         return [full]
-    adapter = parent.adapter.folder
-    return [full, (parent.ref.adapter or parent.ref.path, parent.adapter_repo, parent.adapter_commit, adapter)]
+    name = parent.ref.adapter or parent.ref.path
+    return [full, (name, parent.adapter_repo, parent.adapter_commit, parent.adapter_folder)]
 
 
 def _without_paths(recipe: Recipe) -> Recipe:

@@ -36,6 +36,7 @@ class Parent:
     checkpoint: Checkpoint
     source: Any  # one of hf_fuse.merge.sources
     adapter: Any = None
+    adapter_folder: Path | None = None
     adapter_repo: str | None = None
     adapter_commit: str | None = None
     tokenizer: str = "none"  # how its tokenizer relates to the reference's
@@ -43,8 +44,8 @@ class Parent:
     @property
     def tokenizer_folder(self) -> Path:
         """An adapter may bring its own tokenizer, with the tokens that its training added."""
-        if self.adapter is not None and (self.adapter.folder / "tokenizer.json").exists():
-            return self.adapter.folder
+        if self.adapter_folder is not None and (self.adapter_folder / "tokenizer.json").exists():
+            return self.adapter_folder
         return self.checkpoint.folder
 
     def describe(self) -> dict[str, Any]:
@@ -238,13 +239,13 @@ def _open_parent(ref: ModelRef, role: str, recipe: Recipe, opened: dict[str, Che
 
     adapter_path, adapter_revision = ref.adapter, ref.adapter_revision
     if adapter_path is None:
-        folder, repo_id, commit = resolve(ref.path, ref.revision)
+        folder, repo_id, commit = resolve(ref.path, ref.revision, allow_pickle=allow_pickle)
         if not is_adapter(folder):
             checkpoint = full(ref.path, ref.revision)
             return Parent(ref, role, checkpoint, FileSource(checkpoint))
         if role == "base":
             raise RecipeError(f"base_model: {ref.key} is an adapter. Expected the full model it was trained on.")
-        adapter = open_adapter(folder, ref.key)
+        adapter = open_adapter(folder, ref.key, allow_pickle=allow_pickle)
         if recipe.base_model is not None:
             checkpoint = full(recipe.base_model.path, recipe.base_model.revision)
         elif adapter.base_ref:
@@ -253,10 +254,10 @@ def _open_parent(ref: ModelRef, role: str, recipe: Recipe, opened: dict[str, Che
             raise CheckpointError(f"{ref.key}: is an adapter that names no base. Say base_model in the recipe.")
     else:
         checkpoint = full(ref.path, ref.revision)
-        folder, repo_id, commit = resolve(adapter_path, adapter_revision)
-        adapter = open_adapter(folder, adapter_path)
+        folder, repo_id, commit = resolve(adapter_path, adapter_revision, allow_pickle=allow_pickle)
+        adapter = open_adapter(folder, adapter_path, allow_pickle=allow_pickle)
     bound = adapter.bind(checkpoint)
-    return Parent(ref, role, checkpoint, AdapterSource(checkpoint, bound), bound, repo_id, commit)
+    return Parent(ref, role, checkpoint, AdapterSource(checkpoint, bound), bound, folder, repo_id, commit)
 
 
 def _refuse_overlap(recipe: Recipe, parents: dict[str, Parent]) -> None:
