@@ -45,7 +45,12 @@ def depth_of(name: str, heights: Mapping[str, int], dialect: str) -> float:
         return 1.0 if dialect == "mergekit" else 0.0
     if dialect == "mergekit":
         return 0.0
-    return 0.0 if re.search(r"embed|wte|wpe|shared|patch|conv1", name) else 1.0
+    return 1.0 if is_at_the_end(name) else 0.0
+
+
+def is_at_the_end(name: str) -> bool:
+    """Whether a tensor outside the layers comes after them (final norm, pooler, head) and not before (embeddings)."""
+    return not re.search(r"embed|wte|wpe|shared|patch|conv1", name)
 
 
 def resolve_value(value: Any, name: str, depth: float, dialect: str) -> Any:

@@ -10,7 +10,7 @@ from typing import Any
 from hf_fuse.checkpoint.reader import DTYPE_CODES, TensorInfo
 from hf_fuse.checkpoint.tied import Tying
 from hf_fuse.errors import CheckpointError, RecipeError
-from hf_fuse.merge.parameters import Scope, check_names, depth_of, layer_of, method_options, stacks
+from hf_fuse.merge.parameters import Scope, check_names, depth_of, is_at_the_end, layer_of, method_options, stacks
 from hf_fuse.recipe import Recipe, Slice
 from hf_fuse.registry import Method
 
@@ -156,7 +156,7 @@ def _check_groups(recipe: Recipe, method: Method, groups: list[_Group]) -> None:
 
 
 def _slice_groups(recipe: Recipe, method: Method, tables: Tables) -> list[_Group]:
-    """One group per slice, plus one for everything outside the layers, merged like the first slice."""
+    """One group per slice, between what comes before the layers and what comes after them."""
     assert recipe.slices
     stack = _the_stack(recipe, tables)
     groups, position = [], 0
@@ -185,8 +185,11 @@ def _slice_groups(recipe: Recipe, method: Method, tables: Tables) -> list[_Group
         shared = [(f"slices.{number}.parameters", piece.parameters), ("parameters", recipe.parameters)]
         groups.append(_Group(names, entries, base, shared, (position, position + height)))
         position += height
-    ends = _ends_group(recipe, method, stack, tables)
-    return [ends, *groups]
+    return [
+        _ends_group(recipe, method, stack, tables, 0),
+        *groups,
+        _ends_group(recipe, method, stack, tables, -1),
+    ]
 
 
 def _the_stack(recipe: Recipe, tables: Tables) -> str:
@@ -234,19 +237,22 @@ def _base_renamer(piece: Slice, key: str, stack: str, position: int) -> Callable
     return _renamer(stack, position, own.layers[0])
 
 
-def _ends_group(recipe: Recipe, method: Method, stack: str, tables: Tables) -> _Group:
-    """Embeddings, final norm and head: merged like the models of the first slice."""
-    piece = recipe.slices[0]
+def _ends_group(recipe: Recipe, method: Method, stack: str, tables: Tables, number: int) -> _Group:
+    """What lies outside the layers: embeddings are made as the first slice is, final norm and head as the last."""
+    piece = recipe.slices[number]
     entries = [
-        _Entry(s.model.key, f"slices.0.sources.{i}", _said(s.parameters, s.weight), _same)
+        _Entry(s.model.key, f"slices.{number}.sources.{i}", _said(s.parameters, s.weight), _same)
         for i, s in enumerate(piece.sources)
     ]
     base_ref = piece.base_model or recipe.base_model
     base = _Entry(base_ref.key, "base_model", {}, _same) if base_ref else None
     base, entries = _place_base(method, base, entries)
-    reference = (base or entries[0]).key
-    names = [name for name in tables[reference] if (layer_of(name) or ("",))[0] != stack]
-    shared = [("slices.0.parameters", piece.parameters), ("parameters", recipe.parameters)]
+    names = [
+        name
+        for name in tables[(base or entries[0]).key]
+        if (layer_of(name) or ("",))[0] != stack and is_at_the_end(name) == (number != 0)
+    ]
+    shared = [(f"slices.{number}.parameters", piece.parameters), ("parameters", recipe.parameters)]
     return _Group(names, entries, base, shared, None)
 
 
