@@ -901,3 +901,57 @@ def test_union_of_tokenizers_with_a_token_override(tmp_path: Path):
         expected |= {"<x>": a[VOCABULARY], "<y>": base[3]}  # the only owner's row; the forced one
         for token, row in expected.items():
             torch.testing.assert_close(result[name][ids[token]].double(), row, rtol=2e-6, atol=2e-6, msg=token)
+
+
+def test_embeddings_come_from_the_first_slice_and_the_head_from_the_last(
+    tmp_path: Path, family: tuple[Path, dict[str, State]]
+):
+    root, m = family
+    result = merged(
+        tmp_path,
+        root,
+        """
+        merge_method: passthrough
+        slices:
+          - sources: [{model: ROOT/a, layer_range: [0, 2]}]
+          - sources: [{model: ROOT/b, layer_range: [1, 2]}]
+          - sources: [{model: ROOT/c, layer_range: [3, 4], parameters: {scale: [{filter: lm_head, value: 2}]}}]
+        """,
+    )
+    for name, expected in {
+        "model.embed_tokens.weight": m["a"]["model.embed_tokens.weight"],
+        "model.norm.weight": m["c"]["model.norm.weight"],
+        "lm_head.weight": 2 * m["c"]["lm_head.weight"],
+    }.items():
+        assert torch.equal(result[name].double(), expected), name
+
+
+def test_filters_of_a_models_own_parameters_see_the_names_it_has(tmp_path: Path, family: tuple[Path, dict[str, State]]):
+    root, m = family
+    result = merged(
+        tmp_path,
+        root,
+        """
+        merge_method: passthrough
+        slices:
+          - sources: [{model: ROOT/a, layer_range: [2, 4]}]
+          - sources: [{model: ROOT/a, layer_range: [0, 2]}]
+        parameters: {scale: [{filter: layers.2.mlp, value: 0.5}]}
+        """,
+    )
+    for layer, source in enumerate((2, 3, 0, 1)):
+        expected = m["a"][f"model.layers.{source}.mlp.up_proj.weight"] * (0.5 if source == 2 else 1)
+        assert torch.equal(result[f"model.layers.{layer}.mlp.up_proj.weight"].double(), expected)
+
+
+def test_without_a_dtype_the_widest_input_counts(tmp_path: Path):
+    state = {name: torch.full(shape, 0.5) for name, shape in names_of(1).items()}
+    write(tmp_path / "a", state, dtype=torch.bfloat16)
+    write(tmp_path / "b", state, dtype=torch.float32)
+    result = merged(
+        tmp_path,
+        tmp_path,
+        "{merge_method: linear, models: [{model: ROOT/a}, {model: ROOT/b}], parameters: {weight: 1}}",
+    )
+    assert {tensor.dtype for tensor in result.values()} == {torch.float32}
+    assert json.loads((tmp_path / "merged/config.json").read_text())["dtype"] == "float32"

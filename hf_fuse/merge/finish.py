@@ -74,7 +74,8 @@ def versions() -> dict[str, str]:
 
 def _config(plan: Plan) -> dict[str, Any]:
     floats = {unit.dtype for unit in plan.units if unit.dtype in FLOAT_DTYPES}
-    changed_dtype = plan.recipe.out_dtype is not None and len(floats) == 1
+    may_change = plan.recipe.out_dtype is not None or plan.recipe.dialect == "mergekit"  # there the widest input counts
+    changed_dtype = may_change and len(floats) == 1
     return output_config(
         plan.reference.checkpoint.config,
         out_dtype=floats.pop() if changed_dtype else None,

@@ -86,13 +86,14 @@ Scope = tuple[str, Mapping[str, Any], float]  # where it was said (for messages)
 
 
 def method_options(
-    method: Method, name: str, shared: list[Scope], per_model: list[list[Scope]], dialect: str
+    method: Method, name: str, shared: list[Scope], per_model: list[list[Scope]], names: list[str], dialect: str
 ) -> dict[str, Any]:
     """All keyword arguments of a method for the tensor ``name``.
 
     Args:
         shared: scopes that hold for all models, innermost first.
         per_model: for each model its own scopes, innermost first.
+        names: for each model the tensor name that its own parameters' filters see.
 
     Raises:
         RecipeError: a required parameter is missing, or a value is out of range; place and expectation are named.
@@ -100,7 +101,7 @@ def method_options(
     arguments = {}
     for option in method.options.values():
         if option.per_model:
-            values = [_look_up(option, name, [*own, *shared], dialect) for own in per_model]
+            values = [_look_up(option, its, [*own, *shared], dialect) for its, own in zip(names, per_model)]
         else:
             scopes = [*(per_model[0] if len(per_model) == 1 else []), *shared]
             values = _look_up(option, name, scopes, dialect)

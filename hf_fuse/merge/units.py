@@ -309,13 +309,17 @@ def _unit(
             faults.append(f"tensor {name} is {info.dtype} in {first.key} and {theirs.dtype} in {other.key}")
             return None
     dtype = DTYPE_CODES[recipe.out_dtype] if recipe.out_dtype and info.is_float else info.dtype
+    if recipe.dialect == "mergekit" and not recipe.out_dtype and info.is_float:
+        dtype = _widest([info.dtype, *(tables[part.key][part.name].dtype for part in inputs)])
     if not info.is_float:
         return Unit(name, dtype, info.shape, COPY, [first])
     if not inputs or (group.base and base is None):
         return Unit(name, dtype, info.shape, MEAN, inputs or [first], options={"weight": [1.0] * max(len(inputs), 1)})
     shared: list[Scope] = [(w, said, inside if w.startswith("slices") else whole) for w, said in group.shared]
     per_model: list[list[Scope]] = [[(e.where, e.parameters, inside)] for e in present]
-    options = method_options(method, name, shared, per_model, recipe.dialect)
+    # mergekit looks a model's own parameters up by the name that the tensor has in that model.
+    names = [part.name if recipe.dialect == "mergekit" else name for part in inputs]
+    options = method_options(method, name, shared, per_model, names, recipe.dialect)
     for option in method.options.values():
         if option.per_model and not isinstance(options[option.keyword], list):
             options[option.keyword] = [options[option.keyword]] * len(inputs)
@@ -323,6 +327,12 @@ def _unit(
         weight = options.get("weight") or [1.0] * len(inputs)
         return Unit(name, dtype, info.shape, MEAN, inputs, options={"weight": weight})
     return Unit(name, dtype, info.shape, MERGE, inputs, base, options)
+
+
+def _widest(codes: Iterable[str]) -> str:
+    """The type that holds the numbers of all: F32 for BF16 with F16."""
+    kinds = set(codes)
+    return kinds.pop() if len(kinds) == 1 else "F64" if "F64" in kinds else "F32"
 
 
 def _shape_fault(first: Input, info: TensorInfo, other: Input, theirs: TensorInfo) -> str:

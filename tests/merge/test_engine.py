@@ -254,8 +254,16 @@ def test_the_stored_recipe_makes_the_same_bytes(llamas, tmp_path):
 def test_other_architectures_by_their_names_alone(tmp_path):
     """BERT, T5, ViT and CLIP: no table of architectures is needed to merge by tensor name."""
     from transformers import (
-        BertConfig, BertForSequenceClassification, CLIPConfig, CLIPModel, CLIPTextConfig, CLIPVisionConfig, T5Config,
-        T5ForConditionalGeneration, ViTConfig, ViTForImageClassification,
+        BertConfig,
+        BertForSequenceClassification,
+        CLIPConfig,
+        CLIPModel,
+        CLIPTextConfig,
+        CLIPVisionConfig,
+        T5Config,
+        T5ForConditionalGeneration,
+        ViTConfig,
+        ViTForImageClassification,
     )  # fmt: skip
 
     small = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2}
@@ -328,7 +336,11 @@ def test_huge_index_of_experts_plans_in_linear_time(tmp_path):
     for k in range(2):
         (tmp_path / f"m{k}").mkdir()
         save_file({n: t * (k + 1) for n, t in state.items()}, tmp_path / f"m{k}" / "model.safetensors")
-    recipe = {"method": "linear", "models": [str(tmp_path / "m0"), str(tmp_path / "m1")], "parameters": {"weight": [1, 1]}}
+    recipe = {
+        "method": "linear",
+        "models": [str(tmp_path / "m0"), str(tmp_path / "m1")],
+        "parameters": {"weight": [1, 1]},
+    }
     merged = weights(hf_fuse.merge(recipe, tmp_path / "out"))
     assert len(merged) == 3840 and all((t == 1.5).all() for t in merged.values())
 

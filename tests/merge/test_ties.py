@@ -110,6 +110,10 @@ def test_density_per_model_and_gradients():
         merge_state_dicts([model], "ties", base=base, parameters={"density": [0.25, 0.75]})
 
 
+def test_density_zero_keeps_nothing():
+    assert ties([3.0, 1.0], [1.0, 2.0], density=[{"value": 0}]).tolist() == [0.0, 0.0]
+
+
 def test_fewer_elements_than_one_over_density():
     assert ties([3.0, 1.0], density=0.01, trim="exact").tolist() == [3.0, 0.0]
 

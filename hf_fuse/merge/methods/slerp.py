@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import math
-from typing import Annotated
 
 from torch import Tensor
 
 from hf_fuse.merge.methods._passes import Measurement
 from hf_fuse.merge.methods._products import gram
-from hf_fuse.registry import Between
 
 PAPER = "https://dl.acm.org/doi/10.1145/325165.325242"
 MODELS = (2, 2)
@@ -21,14 +19,12 @@ def measure(count: int, numel: int, dtype: object) -> Measurement:
     return (yield from gram(count))
 
 
-def slerp(
-    models_KN: Tensor, *, t: Annotated[float, Between(0, 1)] = 0.5, threshold: float = 0.9995, state: Tensor
-) -> Tensor:
+def slerp(models_KN: Tensor, *, t: float = 0.5, threshold: float = 0.9995, state: Tensor) -> Tensor:
     """``[sin((1-t) a) v_0 + sin(t a) v_1] / sin a`` with ``a`` the angle between the two tensors.
 
     Args:
         models_KN: weights of the two models, ``[2, N]``; with a base in the recipe the base is v_0.
-        t: 0 is the first model, 1 the second.
+        t: 0 is the first model, 1 the second; beyond, the arc goes on.
         threshold: from this |cosine| on, linear interpolation. Ordinary fine-tunes of one base are that close.
         state: 2x2 inner products of the whole tensor.
 

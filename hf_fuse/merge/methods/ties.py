@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Annotated, Literal
 
@@ -33,6 +34,7 @@ def measure(
     ranks = [int(numel * d) + 1 if trim == "paper" else max(1, int(numel * d)) for d in density]
     ranks = [numel + 1 if d >= 1 else rank for d, rank in zip(density, ranks)]
     thresholds = yield from kth_largest_magnitude(ranks, numel, dtype)
+    thresholds = [threshold if d > 0 else math.inf for d, threshold in zip(density, thresholds)]
     if tie == "positive":
         return thresholds, POSITIVE
 
@@ -47,7 +49,7 @@ def ties(
     deltas_KN: Tensor,
     *,
     weight: PerModel = 1.0,
-    density: Annotated[PerModel, Between(0, 1, open_low=True)] = 0.2,
+    density: Annotated[PerModel, Between(0, 1)] = 0.2,
     lambda_: float = 1.0,
     normalize: bool = True,
     scope: Literal["model", "tensor"] = "model",
