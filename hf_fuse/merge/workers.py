@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import inspect
 import os
 import threading
 from collections.abc import Callable, Iterable, Iterator
+from datetime import timedelta
 from typing import Any, TypeVar
 
 import torch
 
+from hf_fuse.checkpoint.reader import FilePool
 from hf_fuse.errors import FuseError
 from hf_fuse.merge.sources import Buffers
 from hf_fuse.merge.units import MERGE, Unit
@@ -36,13 +39,25 @@ def needs_whole_tensor(method: Method, unit: Unit) -> bool:
     return decide(**{name: unit.options[name] for name in names}) == "tensor"
 
 
+def _keep_freed_memory() -> None:
+    """Tells glibc to keep freed blocks instead of giving them back to the kernel and faulting them in again for every
+    block of numbers, which would cost more than the arithmetic. Other C libraries do without."""
+    trim_threshold, mmap_threshold = -1, -3
+    with contextlib.suppress(OSError, AttributeError):
+        libc = ctypes.CDLL(None)
+        libc.mallopt(trim_threshold, 64 << 20)
+        libc.mallopt(mmap_threshold, 32 << 20)
+
+
 class Workers:
     """A group of threads with a :class:`Buffers` each. torch works single-threaded inside each of them: how torch
     splits an operation among its own threads would otherwise leak into the last bit."""
 
     def __init__(self, device: torch.device, dtype: torch.dtype, count: int | None = None):
+        _keep_freed_memory()
         self.count = count or default_workers()
-        self._buffers = [Buffers(device, dtype) for _ in range(self.count)]
+        self._pool = FilePool()  # one for all: models come in hundreds of shards, and open files are limited
+        self._buffers = [Buffers(device, dtype, self._pool) for _ in range(self.count)]
 
     def run(self, jobs: Iterable[Job], work: Callable[[Job, Buffers, int], None]) -> None:
         """Calls ``work(job, buffers, worker number)`` for every job; the first error stops all and is raised."""
@@ -82,8 +97,13 @@ class Workers:
             raise failures[0]
 
     def close(self) -> None:
+        self._pool.close()
         for buffers in self._buffers:
             buffers.close()
+
+
+def first_line(error: BaseException) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]
 
 
 class World:
@@ -103,14 +123,27 @@ class World:
         if self.size > 1:
             import torch.distributed as dist
 
-            if not dist.is_initialized():
-                dist.init_process_group("gloo")
-                self._owns = True
-            # Objects travel through gloo even where the launcher has set up NCCL for training.
-            self._group = dist.new_group(backend="gloo")
+            try:
+                if not dist.is_initialized():
+                    dist.init_process_group("gloo")
+                    self._owns = True
+                # Objects travel through gloo even where the launcher has set up NCCL for training. A process that dies is
+                # noticed at once; one that is slow may take its time.
+                self._group = dist.new_group(backend="gloo", timeout=timedelta(days=1))
+            except (RuntimeError, ValueError) as error:
+                raise FuseError(
+                    f"WORLD_SIZE is {self.size}, but the processes can't meet ({first_line(error)}). Start them with "
+                    "accelerate launch or torchrun, or unset WORLD_SIZE."
+                ) from error
         return self
 
-    def __exit__(self, *failure: object) -> None:
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
+        if self._group is not None:
+            # Nobody leaves before the lead has cleaned up: launchers kill the others as soon as one process ends.
+            with contextlib.suppress(FuseError):
+                self.gather(None if error is None else str(error) or type(error).__name__)
+                if error is not None and not self.leads:
+                    error.said_by_lead = True
         if self._owns:
             import torch.distributed as dist
 
@@ -123,7 +156,10 @@ class World:
         import torch.distributed as dist
 
         values: list[Any] = [None] * self.size
-        dist.all_gather_object(values, value, group=self._group)
+        try:
+            dist.all_gather_object(values, value, group=self._group)
+        except RuntimeError as error:
+            raise FuseError(f"another process of this run has died ({first_line(error)}). Start again.") from error
         return values
 
     @contextlib.contextmanager
@@ -135,9 +171,12 @@ class World:
         except BaseException as error:  # noqa: BLE001 - raised again below
             failure = error
         if self.size > 1:
-            reports = self.gather(None if failure is None else str(failure) or type(failure).__name__)
-            if failure is None and (text := next((r for r in reports if r), None)):
-                raise FuseError(f"another process failed: {text}")
+            try:
+                reports = self.gather(None if failure is None else str(failure) or type(failure).__name__)
+            except FuseError as gone:
+                raise failure or gone from None
+            if failure is None and (found := [(rank, text) for rank, text in enumerate(reports) if text]):
+                raise FuseError("process {} of the run: {}".format(*found[0]))
         if failure is not None:
             raise failure
 

@@ -33,11 +33,14 @@ def drop_and_rescale(
     *,
     rescale: str,
     factors: Sequence[float] | None = None,
-) -> Tensor:
-    """``w_k * f_k * mask_k * tau_k``, f = 1/density (expectation), the given L1 factors, or 1."""
-    values_KN = torch.empty_like(deltas_KN)
-    for k in range(deltas_KN.shape[0]):
-        mask_N, kept = random.keep(k, density[k], deltas_KN[k])
-        factor = {"expectation": 1 / kept if kept else 0.0, "none": 1.0}.get(rescale) if factors is None else factors[k]
-        torch.mul(deltas_KN[k], mask_N.mul_(factor * weight[k]), out=values_KN[k])
-    return values_KN
+) -> list[Tensor]:
+    """K rows ``w_k * f_k * mask_k * tau_k``, f = 1/density (expectation), the given L1 factors, or 1."""
+    rows = []
+    for k, delta_N in enumerate(deltas_KN):
+        mask_N, kept = random.keep(k, density[k], delta_N)
+        if factors is not None:
+            factor = factors[k]
+        else:
+            factor = 1 / kept if kept and rescale == "expectation" else 1.0
+        rows.append(mask_N.mul_(factor * weight[k]).mul_(delta_N))
+    return rows

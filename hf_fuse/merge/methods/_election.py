@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
@@ -10,29 +10,45 @@ from torch import Tensor
 POSITIVE, NEGATIVE = 1.0, -1.0
 
 
-def sign_balance(values_KN: Tensor) -> Tensor:
-    """Number of elements whose sum over models is positive minus that of negative ones: ``int64 []``."""
-    return values_KN.sum(0).sign().sum(dtype=torch.float64).to(torch.int64)
+def total_of(values: Iterable[Tensor]) -> Tensor:
+    """Sum of K rows ``[N]``. Row by row: a row stays in the cache, a block of K rows does not."""
+    first, second, *rest = [*values, None]
+    if second is None:
+        return first.clone()
+    total_N = first + second
+    for value_N in rest[:-1]:
+        total_N.add_(value_N)
+    return total_N
 
 
-def combine_agreeing(values_KN: Tensor, weight: Sequence[float], *, tied: float, normalize: bool) -> Tensor:
+def sign_balance(values: Iterable[Tensor]) -> Tensor:
+    """Number of elements whose sum over models is positive minus that of negative ones: ``int64 []``.
+
+    Args:
+        values: K rows ``[N]``, N < 2**24 so that the sum of signs is exact.
+    """
+    return total_of(values).sign_().sum().to(torch.int64)
+
+
+def combine_agreeing(values: Sequence[Tensor], weight: Sequence[float], *, tied: float, normalize: bool) -> Tensor:
     """Sum over models of the values that have the elected sign, ``[N]``.
 
     Args:
-        values_KN: differences already multiplied by their weights.
+        values: K rows ``[N]`` of differences, already multiplied by their weights.
         weight: K weights; with ``normalize`` the sum is divided by the weights of the models that agree and are not
             zero there (1 each: the disjoint mean of the TIES paper).
         tied: sign of elements whose values cancel exactly, +1 or -1.
     """
-    sign_N = values_KN.sum(0).sign_().add_(0.5 * tied).sign_()
-    agreeing_KN = (values_KN * sign_N).clamp_min_(0.0)
-    merged_N = agreeing_KN.sum(0).mul_(sign_N)
+    sign_N = total_of(values).sign_().add_(0.5 * tied).sign_()
+    merged_N, share_N = torch.zeros_like(sign_N), torch.zeros_like(sign_N)
+    for value_N, one in zip(values, weight):
+        agreeing_N = (value_N * sign_N).clamp_min_(0.0)
+        merged_N.add_(agreeing_N)
+        if normalize:
+            share_N.add_(agreeing_N.sign_(), alpha=one)
+    merged_N.mul_(sign_N)
     if not normalize:
         return merged_N
-    present_KN = agreeing_KN.sign_()
-    share_N = present_KN[0] * weight[0]
-    for k in range(1, len(weight)):
-        share_N.add_(present_KN[k], alpha=weight[k])
     if min(weight) > 0:  # nobody agrees only where the sum is zero anyway
         return merged_N.div_(share_N.clamp_min_(torch.finfo(share_N.dtype).tiny))
     return torch.where(share_N == 0, merged_N, merged_N / share_N)

@@ -42,5 +42,6 @@ class TensorRandom:
         threshold = min(max(round(density * STEPS), 0), STEPS)
         if threshold == STEPS:
             return torch.ones_like(like_N), 1.0
-        mask = torch.from_numpy(self.bits(model, like_N.numel()) < threshold)
-        return mask.to(like_N.device, like_N.dtype), threshold / STEPS
+        kind = np.float64 if like_N.dtype == torch.float64 else np.float32
+        mask = (self.bits(model, like_N.numel()) < threshold).astype(kind)  # numpy is faster here than torch
+        return torch.from_numpy(mask).to(like_N.device), threshold / STEPS

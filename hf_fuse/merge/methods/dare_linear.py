@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from hf_fuse.merge.methods._drop import drop_and_rescale, l1_factors
+from hf_fuse.merge.methods._election import total_of
 from hf_fuse.merge.methods._passes import Measurement
 from hf_fuse.merge.methods._random import TensorRandom
 from hf_fuse.registry import Between, PerModel
@@ -49,5 +50,5 @@ def dare_linear(
         random: keyed by seed, tensor, model and position: chunks and ranks do not matter.
     """
     scale = lambda_ / (sum(weight) or 1.0) if normalize else lambda_
-    values_KN = drop_and_rescale(deltas_KN, weight, density, random, rescale=rescale, factors=state)
-    return values_KN.sum(0).mul_(scale)
+    values = drop_and_rescale(deltas_KN, weight, density, random, rescale=rescale, factors=state)
+    return total_of(values).mul_(scale)

@@ -50,5 +50,5 @@ def dare_ties(
 
     Votes that cancel exactly count as positive (a rule of ours; the papers leave it open after random dropping).
     """
-    values_KN = drop_and_rescale(deltas_KN, weight, density, random, rescale=rescale, factors=state)
-    return combine_agreeing(values_KN, weight, tied=POSITIVE, normalize=normalize).mul_(lambda_)
+    values = drop_and_rescale(deltas_KN, weight, density, random, rescale=rescale, factors=state)
+    return combine_agreeing(values, weight, tied=POSITIVE, normalize=normalize).mul_(lambda_)

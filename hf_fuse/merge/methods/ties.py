@@ -72,22 +72,20 @@ def ties(
         state: thresholds and the sign for ties.
     """
     thresholds, tied = state
-    values_KN = _trimmed(deltas_KN, thresholds, weight)
-    return combine_agreeing(values_KN, weight, tied=tied, normalize=normalize).mul_(lambda_)
+    values = _trimmed(deltas_KN, thresholds, weight)
+    return combine_agreeing(values, weight, tied=tied, normalize=normalize).mul_(lambda_)
 
 
-def _trimmed(deltas_KN: Tensor, thresholds: Sequence[float], weight: Sequence[float]) -> Tensor:
-    """``w_k tau_k`` where |tau_k| reaches the threshold, else 0."""
-    values_KN = torch.empty_like(deltas_KN)
-    for k, threshold in enumerate(thresholds):
+def _trimmed(deltas_KN: Tensor, thresholds: Sequence[float], weight: Sequence[float]) -> list[Tensor]:
+    """K rows: ``w_k tau_k`` where |tau_k| reaches the threshold, else 0."""
+    rows = []
+    zero = torch.zeros((), dtype=deltas_KN.dtype)
+    for delta_N, threshold, one in zip(deltas_KN, thresholds, weight):
         if threshold > 0:
             # hardshrink keeps what is strictly larger, so it is given the next smaller number.
-            just_below = torch.nextafter(
-                deltas_KN.new_tensor(threshold, device="cpu"), torch.zeros((), dtype=deltas_KN.dtype)
-            )
-            values_KN[k] = hardshrink(deltas_KN[k], float(just_below))
+            just_below = torch.nextafter(zero + threshold, zero)
+            delta_N = hardshrink(delta_N, float(just_below))
+            rows.append(delta_N if one == 1 else delta_N.mul_(one))
         else:
-            values_KN[k] = deltas_KN[k]
-        if weight[k] != 1:
-            values_KN[k] *= weight[k]
-    return values_KN
+            rows.append(delta_N if one == 1 else delta_N * one)
+    return rows
