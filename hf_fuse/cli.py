@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import signal
 import sys
 from pathlib import Path
 from typing import Annotated, Any
@@ -35,9 +36,13 @@ def main() -> None:
     """Entry point of ``hf-fuse`` and ``python -m hf_fuse``. An expected failure is one line and exit status 1."""
     debug = "--debug" in sys.argv
     arguments = [argument for argument in sys.argv[1:] if argument != "--debug"]
+    # Ended by a scheduler or a launcher, a merge cleans up as after Ctrl-C.
+    signal.signal(signal.SIGTERM, _terminate)
     try:
         app(arguments, standalone_mode=False)
     except FuseError as error:
+        if getattr(error, "said_by_lead", False) and not debug:
+            raise SystemExit(1) from None
         _fail(str(error), debug)
     except typer.Abort:
         _fail("stopped", debug)
@@ -54,8 +59,15 @@ def main() -> None:
 def _fail(message: str, debug: bool, status: int = 1) -> None:
     if debug:
         raise  # noqa: PLE0704 - called while an exception is being handled
-    print(f"error: {message}", file=sys.stderr)
+    # Names of tensors and files come from strangers: whatever they hold, the message is one line of text.
+    text = "".join(c if c.isprintable() else " " if c.isspace() else "?" for c in message)
+    print(f"error: {text}", file=sys.stderr)
     raise SystemExit(status) from None
+
+
+def _terminate(*_: object) -> None:
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # once is enough: the clean-up is not to be interrupted
+    raise KeyboardInterrupt
 
 
 def _overrides(arguments: list[str]) -> dict[str, Any]:
@@ -229,8 +241,11 @@ def evaluate(
     tasks: Annotated[list[str] | None, typer.Option(help="lm-eval task; repeatable (extra: eval).")] = None,
     batch_size: Annotated[int, typer.Option(min=1)] = 8,
     max_length: Annotated[int | None, typer.Option(min=2, help="Tokens per window.", show_default=False)] = None,
+    stride: Annotated[int | None, typer.Option(min=1, help="Tokens between windows.", show_default=False)] = None,
     limit: Annotated[int | None, typer.Option(min=1, help="Use the first N examples.", show_default=False)] = None,
     device: Annotated[str, typer.Option(help="cpu or cuda[:N].")] = "cpu",
+    dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto",
+    tokenizer: Annotated[str | None, typer.Option(help="Tokenizer for all models.", show_default=False)] = None,
     as_json: Json = False,
     chart: Annotated[Path | None, typer.Option(help="Save a bar chart here.", show_default=False)] = None,
     write_card: Annotated[bool, typer.Option("--write-card", help="Put the figures into the models' cards.")] = False,
@@ -240,14 +255,15 @@ def evaluate(
 
     report = evaluate_models(
         models, texts=text or [], dataset=dataset, subset=subset, split=split, text_column=text_column,
-        label_column=label_column, tasks=tasks or [], batch_size=batch_size, max_length=max_length, limit=limit,
-        device=device,
+        label_column=label_column, tasks=tasks or [], batch_size=batch_size, max_length=max_length, stride=stride,
+        limit=limit, device=device, dtype=dtype, tokenizer=tokenizer,
     )  # fmt: skip
+    # Printed first: what was measured must not be lost to a missing plot library or a read-only card.
+    print(report.to_json()) if as_json else report.print()
     if write_card:
         report.write_card()
     if chart:
         report.chart(chart)
-    print(report.to_json()) if as_json else report.print()
 
 
 @app.command()

@@ -6,10 +6,15 @@ import os
 import sys
 import tempfile
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import cache
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
+
+if TYPE_CHECKING:
+    from tiny_models import Family
 
 assert "huggingface_hub" not in sys.modules, "the Hub client was imported before its endpoint was set"
 sys.path.insert(0, str(Path(__file__).parent))
@@ -56,3 +61,19 @@ def hub_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub_cache"))
     return tmp_path / "hub_cache"
+
+
+@pytest.fixture(scope="session")
+def tiny_family(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Family]:
+    """``tiny_family("gpt2")`` -> folders of a tiny base and its fine-tunes, built once. Copy before changing anything.
+
+    ``"plain"`` is a sharded Llama made without transformers, with a tokenizer; the rest are tiny_models.ARCHITECTURES.
+    """
+    from tiny_models import llama_family, transformers_family
+
+    @cache
+    def build(kind: str) -> Family:
+        folder = tmp_path_factory.mktemp(kind)
+        return llama_family(folder) if kind == "plain" else transformers_family(kind, folder)
+
+    return build

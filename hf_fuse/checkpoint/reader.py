@@ -12,6 +12,8 @@ import hashlib
 import json
 import os
 import re
+import stat
+from collections import Counter
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -20,6 +22,7 @@ from hf_fuse.errors import CheckpointError
 
 MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors format itself
 MAX_INDEX_BYTES = 50_000_000
+MAX_AXES = 64  # of a tensor, as in torch
 
 DTYPE_BYTES = {
     "F64": 8, "F32": 4, "F16": 2, "BF16": 2, "F8_E4M3": 1, "F8_E5M2": 1, "C64": 8,
@@ -64,15 +67,18 @@ class TensorInfo:
 def read_header(path: Path) -> tuple[dict[str, TensorInfo], dict[str, str]]:
     """Reads and checks one safetensors header: ``({tensor name: TensorInfo}, metadata)``.
 
-    Refused, each with the file's name: truncated or longer files, headers over 100 MB, overlapping or missing bytes,
-    unknown dtypes, sizes that disagree with shapes.
+    Refused, each with the file's name: truncated or longer files, headers over 100 MB, names that appear twice,
+    overlapping or missing bytes, unknown dtypes, sizes that disagree with shapes.
     """
 
     def bad(reason: str, fix: str = REDOWNLOAD) -> CheckpointError:
         return CheckpointError(f"{path}: {reason}. {fix}")
 
     try:
-        size = path.stat().st_size
+        status = path.stat()
+        size = status.st_size
+        if not stat.S_ISREG(status.st_mode):
+            raise bad("is not a regular file")
         with path.open("rb") as file:
             first = file.read(8)
             if len(first) < 8:
@@ -86,10 +92,12 @@ def read_header(path: Path) -> tuple[dict[str, TensorInfo], dict[str, str]]:
     except OSError as error:
         raise CheckpointError(f"{path}: cannot be read ({error.strerror or error}).") from None
     try:
-        header = json.loads(raw)
+        header = json.loads(raw.decode(), object_pairs_hook=_without_repeats)
+    except _RepeatedNameError as error:
+        raise bad(f"{str(error)!r} appears twice in the header") from None
     except (ValueError, RecursionError):
         raise bad("the header is not valid JSON") from None
-    if not isinstance(header, dict):
+    if not isinstance(header, dict) or not raw.startswith(b"{"):
         raise bad("the header is not a JSON object")
     metadata = header.pop("__metadata__", None) or {}
     if not isinstance(metadata, dict):
@@ -101,8 +109,10 @@ def read_header(path: Path) -> tuple[dict[str, TensorInfo], dict[str, str]]:
         try:
             dtype, shape, (lo, hi) = entry["dtype"], tuple(entry["shape"]), entry["data_offsets"]
             numbers = (*shape, lo, hi)
-            if not all(type(n) is int and 0 <= n < 2**63 for n in numbers):
+            kinds = type(entry["shape"]) is list and type(dtype) is str and len(shape) <= MAX_AXES
+            if not kinds or not all(type(n) is int and 0 <= n < 2**63 for n in numbers):
                 raise ValueError
+            name.encode()  # JSON can spell half a character, which no file can hold
         except (KeyError, TypeError, ValueError):
             raise bad(f"the header entry of tensor {name!r} is malformed") from None
         if dtype not in DTYPE_BYTES:
@@ -123,19 +133,34 @@ def read_header(path: Path) -> tuple[dict[str, TensorInfo], dict[str, str]]:
     return tensors, metadata
 
 
+class _RepeatedNameError(ValueError):
+    pass
+
+
+def _without_repeats(pairs: list[tuple[str, object]]) -> dict[str, object]:
+    """Of two equal names, JSON readers keep either; what a file holds must not depend on the reader."""
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        raise _RepeatedNameError(next(name for name, count in Counter(name for name, _ in pairs).items() if count > 1))
+    return found
+
+
 def checked_index(path: Path, suffix: str = ".safetensors") -> dict[str, str]:
     """Reads an index of shards: ``{tensor name: file name}``, file names confined to the folder."""
-    if path.stat().st_size > MAX_INDEX_BYTES:
-        raise CheckpointError(f"{path}: {path.stat().st_size} bytes, more than an index may have ({MAX_INDEX_BYTES}).")
     try:
+        size = path.stat().st_size
+        if size > MAX_INDEX_BYTES:
+            raise CheckpointError(f"{path}: {size} bytes, more than an index may have ({MAX_INDEX_BYTES}).")
         weight_map = json.loads(path.read_bytes())["weight_map"]
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be read ({error.strerror or error}).") from None
     except (ValueError, KeyError, TypeError, RecursionError):
         raise CheckpointError(f"{path}: not an index: expected JSON with a 'weight_map' object. {REDOWNLOAD}") from None
     if not isinstance(weight_map, dict) or not weight_map:
         raise CheckpointError(f"{path}: 'weight_map' is not a filled JSON object. {REDOWNLOAD}")
     for name, file in weight_map.items():
-        inside = isinstance(file, str) and re.fullmatch(r"[^/\\:\0]+", file) and file.endswith(suffix)
-        inside = inside and not file.startswith("..")
+        inside = isinstance(file, str) and re.fullmatch(r"[^/\\:]{1,255}", file) and file.endswith(suffix)
+        inside = inside and not file.startswith("..") and file.isprintable()
         if not inside:
             raise CheckpointError(
                 f"{path}: tensor {name!r} points to {file!r}. Expected the name of a {suffix} file in the same "
@@ -236,7 +261,7 @@ def resolve(
 
 def _weights(folder: Path, allow_pickle: bool) -> dict[str, TensorInfo]:
     index, single = folder / "model.safetensors.index.json", folder / "model.safetensors"
-    if index.exists() and single.exists():
+    if index.exists() and single.exists() and set(checked_index(index).values()) != {single.name}:
         raise CheckpointError(
             f"{folder}: holds both model.safetensors and an index of shards; which is current cannot be known. Delete "
             "the stale one."
@@ -299,19 +324,22 @@ class FilePool:
 
     def read(self, info: TensorInfo, first: int, buffer: memoryview) -> None:
         """Fills ``buffer`` with the bytes of ``info`` from element ``first`` on."""
-        handle = self._open.get(info.file)
-        if handle is None:
-            # setdefault keeps one descriptor when two threads race; the loser closes its own.
-            fresh = os.open(info.file, os.O_RDONLY)
-            handle = self._open.setdefault(info.file, fresh)
-            if handle != fresh:
-                os.close(fresh)
         offset, done = info.start + first * DTYPE_BYTES[info.dtype], 0
-        while done < len(buffer):
-            count = os.preadv(handle, [buffer[done:]], offset + done)
-            if count == 0:
-                raise CheckpointError(f"{info.file}: became shorter while it was read (tensor {info.name!r}).")
-            done += count
+        try:
+            handle = self._open.get(info.file)
+            if handle is None:
+                # setdefault keeps one descriptor when two threads race; the loser closes its own.
+                fresh = os.open(info.file, os.O_RDONLY)
+                handle = self._open.setdefault(info.file, fresh)
+                if handle != fresh:
+                    os.close(fresh)
+            while done < len(buffer):
+                count = os.preadv(handle, [buffer[done:]], offset + done)
+                if count == 0:
+                    raise CheckpointError(f"{info.file}: became shorter while it was read (tensor {info.name!r}).")
+                done += count
+        except OSError as error:
+            raise CheckpointError(f"{info.file}: cannot be read ({error.strerror or error}).") from None
 
     def close(self) -> None:
         while self._open:

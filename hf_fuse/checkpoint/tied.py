@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from hf_fuse.checkpoint.reader import Checkpoint, FilePool, TensorInfo
 from hf_fuse.errors import CheckpointError
 
-_HEAD = re.compile(r"(^|\.)(lm_head|embed_out|output)\.weight$")
+_HEAD = re.compile(r"(^|\.)(lm_head|embed_out|output|predictions\.decoder)\.weight$")
 _EMBEDDING = re.compile(r"(^|\.)(embed_tokens|wte|word_embeddings|embed_in|tok_embeddings|shared)\.weight$")
 _PER_TOKEN = re.compile(r"(^|\.)(lm_head|predictions|final_logits_bias|predictions\.decoder)(\.weight|\.bias)?$")
 
@@ -54,11 +54,15 @@ def resolve_tying(checkpoints: list[Checkpoint], choice: bool | None) -> Tying:
 
     Raises:
         CheckpointError: some parents tie and others don't, or a file contradicts its config, and the recipe makes no
-            choice.
+            choice; or a separate head is wanted and nobody has one.
     """
     heads = {c.ref: head_name(c) for c in checkpoints}
     head = next((h for h in heads.values() if h), None)
     embedding = embedding_name(checkpoints[0])
+    if choice is False and head is None:
+        raise CheckpointError(
+            "tie_word_embeddings: false: no model stores a head of its own, so the output can't either. Leave it out."
+        )
     if head is None or embedding is None:
         return Tying()
     verdicts = {c.ref: _verdict(c, heads[c.ref]) for c in checkpoints}
@@ -89,10 +93,15 @@ def _verdict(checkpoint: Checkpoint, head: str | None) -> str:
     if head is None:
         return "tied"
     config = checkpoint.config
-    declared = config.get("tie_word_embeddings", config.get("text_config", {}).get("tie_word_embeddings"))
-    if not declared:
+    inner = config.get("text_config")
+    inner = inner if isinstance(inner, dict) else {}
+    declared = config.get("tie_word_embeddings", inner.get("tie_word_embeddings"))
+    if declared is False:
         return "untied"
-    return "tied" if _equal(checkpoint, head, embedding_name(checkpoint)) else "contradictory"
+    if _equal(checkpoint, head, embedding_name(checkpoint)):
+        return "tied"
+    # Older configs leave the setting out where it has the architecture's default, so then the file decides.
+    return "contradictory" if declared else "untied"
 
 
 def _equal(checkpoint: Checkpoint, one: str, other: str | None) -> bool:

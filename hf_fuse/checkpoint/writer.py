@@ -104,7 +104,7 @@ class PartialFolder:
 
     def __init__(self, output: Path):
         self.output = output
-        self.folder = output.with_name(output.name + ".partial")
+        self.folder, _ = leftovers(output)
         self._open: dict[str, int] = {}
 
     def create(self, layout: Layout) -> None:
@@ -171,8 +171,11 @@ class PartialFolder:
             self.folder.rename(self.output)
         else:
             _exchange(self.folder, self.output)
-            remove_tree(self.folder)
-        _fsync(self.output.parent)
+            # The new output is in place: an old one that can't be removed is left to the next run, with the lock file.
+            with contextlib.suppress(OSError):
+                remove_tree(self.folder)
+        with contextlib.suppress(OSError):
+            _fsync(self.output.parent)
 
     def discard(self) -> None:
         self.close()
@@ -202,7 +205,7 @@ def _exchange(new: Path, old: Path) -> None:
         at_cwd, exchange = -100, 2
         if renameat2(at_cwd, os.fsencode(new), at_cwd, os.fsencode(old), exchange) == 0:
             return
-    aside = old.with_name(old.name + ".replaced")
+    _, aside = leftovers(old)
     old.rename(aside)
     new.rename(old)
     remove_tree(aside)
@@ -212,37 +215,60 @@ def _exchange(new: Path, old: Path) -> None:
 def exclusive_output(output: Path, *, overwrite: bool = False) -> Iterator[PartialFolder]:
     """Holds the lock on ``output`` and yields its partial folder, which is removed if the block fails.
 
-    Leftovers of a killed run are recognised by their free lock and removed; an old output that such a run had moved
-    aside is put back.
+    Leftovers of a killed run are recognised by its lock file, which nobody holds any more, and removed; an old output
+    that such a run had moved aside is put back.
 
     Raises:
-        OutputError: the output exists and ``overwrite`` is off, another run is writing it, or the parent is read-only.
+        OutputError: the output exists and ``overwrite`` is off, another run is writing it, something that no run left
+            is in the way, or the disk refuses.
     """
     output = Path(output).expanduser().absolute()
     check_output(output, overwrite)
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
-        lock = _lock(output)
+        lock, killed = _lock(output)
     except OSError as error:
         raise OutputError(f"{output.parent}: cannot be written ({error.strerror}). Choose another output.") from None
     partial = PartialFolder(output)
+    ours = killed
     try:
-        aside = output.with_name(output.name + ".replaced")
-        if aside.exists() and not output.exists():
-            aside.rename(output)
-        remove_tree(aside)
-        remove_tree(partial.folder)
+        _clear_leftovers(output, killed)
+        ours = True
         check_output(output, overwrite)  # again: another run may have finished while the lock was awaited
         try:
             yield partial
         except BaseException:
             partial.discard()
             raise
+    except OSError as error:
+        where, why = error.filename or output, error.strerror or error
+        raise OutputError(f"{where}: cannot be written ({why}). The old output, if any, is intact.") from error
     finally:
         partial.close()
-        # Unlinked before it is released, so that nobody else can be holding a lock on the vanishing name.
-        _lock_path(output).unlink(missing_ok=True)
+        # Unlinked before it is released, so that nobody else can be holding a lock on the vanishing name. It stays if
+        # something could not be removed: that is how the next run knows it for ours.
+        if not (ours and any(path.exists() for path in leftovers(output))):
+            _lock_path(output).unlink(missing_ok=True)
         os.close(lock)
+
+
+def leftovers(output: Path) -> tuple[Path, Path]:
+    """What a killed run can leave beside its output: the unfinished one, and an old one moved aside."""
+    return output.with_name(output.name + ".partial"), output.with_name(output.name + ".replaced")
+
+
+def _clear_leftovers(output: Path, killed: bool) -> None:
+    partial, aside = leftovers(output)
+    if not killed:
+        for path in (partial, aside):
+            if path.exists() or path.is_symlink():
+                raise OutputError(
+                    f"{path}: exists, and no run of hf_fuse left it. Remove it, or choose another output."
+                )
+    if aside.exists() and not output.exists():
+        aside.rename(output)
+    remove_tree(aside)
+    remove_tree(partial)
 
 
 def check_output(output: Path, overwrite: bool) -> None:
@@ -254,11 +280,11 @@ def check_output(output: Path, overwrite: bool) -> None:
     if not overwrite:
         raise OutputError(f"{output}: exists. Choose another output, or replace it with --overwrite.")
     names = [path.name for path in output.iterdir()]
-    if names and not any(
-        name in ("config.json", "fuse_recipe.yaml") or name.endswith(".safetensors") for name in names
-    ):
+    # A config.json alone is no sign: many kinds of project have one.
+    if names and not any(name == "fuse_recipe.yaml" or name.endswith((".safetensors", ".bin")) for name in names):
         raise OutputError(
-            f"{output}: does not look like a model folder ({sorted(names)[0]} inside), so it is not replaced."
+            f"{output}: does not look like a model folder (it holds {', '.join(sorted(names)[:3])} and no weights), so "
+            "it is not replaced. Choose another output."
         )
 
 
@@ -266,7 +292,8 @@ def _lock_path(output: Path) -> Path:
     return output.with_name(f".{output.name}.lock")
 
 
-def _lock(output: Path) -> int:
+def _lock(output: Path) -> tuple[int, bool]:
+    """The locked file, and whether an earlier holder was killed: whoever ends in order removes the file."""
     path = _lock_path(output)
     while True:
         handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
@@ -282,7 +309,8 @@ def _lock(output: Path) -> int:
         # The previous holder may have unlinked the file between our open and our lock: then we locked a dead name.
         with contextlib.suppress(FileNotFoundError):
             if os.stat(path).st_ino == os.fstat(handle).st_ino:
+                killed = os.fstat(handle).st_size > 0
                 os.ftruncate(handle, 0)
                 os.pwrite(handle, str(os.getpid()).encode(), 0)
-                return handle
+                return handle, killed
         os.close(handle)

@@ -27,7 +27,7 @@ from hf_fuse.merge.plan import Plan, plan
 from hf_fuse.merge.progress import Progress
 from hf_fuse.merge.sources import BLOCK, Buffers, MemorySource
 from hf_fuse.merge.units import COPY, MEAN, MERGE, Input, Unit, build_units
-from hf_fuse.merge.workers import Workers, World, needs_whole_tensor
+from hf_fuse.merge.workers import Workers, World, allow_open_files, needs_whole_tensor
 from hf_fuse.recipe import Recipe, load_recipe
 from hf_fuse.registry import Method
 
@@ -222,13 +222,11 @@ class Merger:
             self._emit(unit, start, merged, sink, buffers)
 
     def _emit(self, unit: Unit, start: int, merged: Tensor, sink: Sink, buffers: Buffers) -> None:
-        self._check(merged, unit, None)
         dtype = getattr(torch, TORCH_NAMES[unit.dtype])
         out = buffers.bytes(merged.numel() * DTYPE_BYTES[unit.dtype], "out")
         cast = out.view(dtype)
         cast.copy_(merged)
-        if unit.dtype not in ("F64", "F32", "BF16"):  # a narrow range: finite before the cast says nothing
-            self._check(cast.float(), unit, None)
+        self._check(cast, unit, None)  # after the cast: what is finite before may round to infinity
         sink(unit, start, out)
 
     def _copy(self, unit: Unit, first: int, last: int, sink: Sink, buffers: Buffers) -> None:
@@ -314,6 +312,8 @@ def merge(
             made.method, {key: p.source for key, p in made.parents.items()}, made.units, dtype, made.recipe.seed,
             allow_nonfinite, chunk_elements, progress,
         )  # fmt: skip
+        files = {info.file for parent in made.parents.values() for info in parent.source.tensors.values()}
+        allow_open_files(len(files) + len(made.layout.sizes) + 64)
         pool = Workers(place, dtype, workers)
         stack.callback(pool.close)
         if world.leads:
@@ -328,6 +328,7 @@ def merge(
         progress.phase("save")
         with world.together():
             partial.sync()
+        with world.together():
             if world.leads:
                 from hf_fuse.merge.finish import write_companions
 

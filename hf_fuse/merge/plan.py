@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from hf_fuse import registry
 from hf_fuse.checkpoint.reader import Checkpoint, open_checkpoint, resolve
 from hf_fuse.checkpoint.tied import Tying, embedding_name, resolve_tying, tied_view, vocabulary_tensors
-from hf_fuse.checkpoint.writer import Layout, check_output, lay_out
+from hf_fuse.checkpoint.writer import Layout, check_output, lay_out, leftovers
 from hf_fuse.errors import CheckpointError, OutputError, RecipeError
 from hf_fuse.merge.carry import config_differences
 from hf_fuse.merge.units import Unit, build_units, unexpected
@@ -265,11 +265,12 @@ def _refuse_overlap(recipe: Recipe, parents: dict[str, Parent]) -> None:
         return
     output = Path(recipe.output).expanduser().resolve()
     for parent in parents.values():
-        folder = parent.checkpoint.folder
-        if output == folder or output in folder.parents or folder in output.parents:
-            raise OutputError(
-                f"{recipe.output}: overlaps with the input {parent.ref.key}. Choose an output of its own."
-            )
+        for folder in filter(None, (parent.checkpoint.folder, parent.adapter_folder)):
+            inside = folder in output.parents
+            if inside or any(place in (folder, *folder.parents) for place in (output, *leftovers(output))):
+                raise OutputError(
+                    f"{recipe.output}: overlaps with the input {parent.ref.key}. Choose an output of its own."
+                )
 
 
 def _verify(parents: dict[str, Parent]) -> None:

@@ -26,9 +26,8 @@ BLOCK = 1 << 17
 class Buffers:
     """One worker's memory, reused for every block: raw bytes (pinned for CUDA), the block ``[K, n]``, and the base."""
 
-    def __init__(self, device: torch.device, dtype: torch.dtype):
-        self.device, self.dtype = device, dtype
-        self.pool = FilePool()
+    def __init__(self, device: torch.device, dtype: torch.dtype, pool: FilePool):
+        self.device, self.dtype, self.pool = device, dtype, pool
         self._memory: dict[str, Tensor] = {}
 
     def bytes(self, count: int, slot: str = "raw") -> Tensor:
@@ -51,7 +50,6 @@ class Buffers:
         return held[:count].view(shape)
 
     def close(self) -> None:
-        self.pool.close()
         self._memory.clear()
 
 

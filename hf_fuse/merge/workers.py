@@ -6,6 +6,7 @@ import contextlib
 import ctypes
 import inspect
 import os
+import resource
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from datetime import timedelta
@@ -26,6 +27,15 @@ MAX_WORKERS = 8  # beyond, the disk or the memory bus is what one waits for
 def default_workers() -> int:
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return min(cores, MAX_WORKERS)
+
+
+def allow_open_files(count: int) -> None:
+    """Lifts this process's limit on open files, as far as it may be lifted, if ``count`` would not fit."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft != resource.RLIM_INFINITY and soft < count:
+        most = count if hard == resource.RLIM_INFINITY else min(count, hard)
+        with contextlib.suppress(OSError, ValueError):
+            resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, most), hard))
 
 
 def needs_whole_tensor(method: Method, unit: Unit) -> bool:
@@ -127,8 +137,8 @@ class World:
                 if not dist.is_initialized():
                     dist.init_process_group("gloo")
                     self._owns = True
-                # Objects travel through gloo even where the launcher has set up NCCL for training. A process that dies is
-                # noticed at once; one that is slow may take its time.
+                # Objects travel through gloo even where the launcher has set up NCCL for training. A process that dies
+                # is noticed at once; one that is slow may take its time.
                 self._group = dist.new_group(backend="gloo", timeout=timedelta(days=1))
             except (RuntimeError, ValueError) as error:
                 raise FuseError(
