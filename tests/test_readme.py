@@ -27,14 +27,15 @@ def folder(tmp_path_factory):
     from hf_fuse.demo_training import ModelSize, byte_tokenizer, new_model
 
     root = tmp_path_factory.mktemp("readme")
-    model = new_model(ModelSize(hidden=32, feed_forward=48, layers=4, heads=2, context=64), seed=0)
+    tokenizer = byte_tokenizer(64)
+    model = new_model(ModelSize(hidden=32, feed_forward=48, layers=4, heads=2, context=64), tokenizer, seed=0)
     for seed, name in enumerate(("base", "expert-source", "expert-docs")):
         torch.manual_seed(seed)
         with torch.no_grad():
             for parameter in model.parameters():
                 parameter.add_(0.01 * seed * torch.randn_like(parameter))
         model.save_pretrained(root / "hf-fuse-demo" / name)
-        byte_tokenizer().save_pretrained(root / "hf-fuse-demo" / name)
+        tokenizer.save_pretrained(root / "hf-fuse-demo" / name)
     (root / "README.md").write_text(TEXT[:2000])
     for block in blocks("yaml"):
         if name := re.match(r"# (\S+\.yaml)\n", block):
