@@ -23,7 +23,7 @@ from hf_fuse.errors import RecipeError
 
 KINDS = {"merge": "hf_fuse.merge.methods"}
 # Filled in by the engine, not by the user.
-SUPPLIED = ("state", "random")
+SUPPLIED = ("state", "random", "base", "place")
 
 
 @dataclass(frozen=True)

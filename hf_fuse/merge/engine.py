@@ -21,13 +21,13 @@ from hf_fuse.checkpoint.reader import DTYPE_BYTES, TORCH_NAMES
 from hf_fuse.checkpoint.tied import Tying
 from hf_fuse.checkpoint.writer import Layout, PartialFolder, exclusive_output
 from hf_fuse.errors import CheckpointError, FuseError, OutputError, RecipeError
-from hf_fuse.merge.methods._passes import Pass, Seen
+from hf_fuse.merge.methods._passes import Pass, Place, Seen
 from hf_fuse.merge.methods._random import TensorRandom
 from hf_fuse.merge.plan import Plan, plan
 from hf_fuse.merge.progress import Progress
 from hf_fuse.merge.sources import BLOCK, Buffers, MemorySource
 from hf_fuse.merge.units import COPY, MEAN, MERGE, Input, Unit, build_units
-from hf_fuse.merge.workers import Workers, World, allow_open_files, needs_whole_tensor
+from hf_fuse.merge.workers import Workers, World, allow_open_files, needs_whole_tensor, row_length
 from hf_fuse.recipe import Recipe, load_recipe
 from hf_fuse.registry import Method
 
@@ -105,6 +105,24 @@ class Merger:
         for start in range(first, last, step):
             yield start, min(start + step, last)
 
+    def _step(self, unit: Unit, wanted: int) -> int:
+        """Elements handed over at a time: ``wanted``, or as many whole rows as fit into it, or the whole tensor."""
+        if needs_whole_tensor(self.method, unit):
+            return max(unit.numel, 1)
+        row = row_length(self.method, unit)
+        return wanted if row is None else max(wanted // row, 1) * row
+
+    def _shaped(self, unit: Unit, block: Tensor, base: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """A block and its base as the method wants them."""
+        row = row_length(self.method, unit)
+        if row is not None:
+            shape = (-1, row)
+        elif needs_whole_tensor(self.method, unit):
+            shape = unit.shape
+        else:
+            return block, base
+        return block.view(block.shape[0], *shape), None if base is None else base.view(shape)
+
     # -- measuring ------------------------------------------------------------------------------------------------
 
     def scope(self, unit: Unit) -> str | None:
@@ -131,11 +149,13 @@ class Merger:
             total = self._add_blocks(wanted, unit, 0, unit.numel, wanted.total.clone(), buffers)
 
     def _add_blocks(self, wanted: Pass, unit: Unit, first: int, last: int, total: Tensor, buffers: Buffers) -> Tensor:
-        for start, stop in self.blocks(first, last, BLOCK):
+        for start, stop in self.blocks(first, last, self._step(unit, BLOCK)):
             if wanted.share > 1:
-                stop = min(stop, start + BLOCK // wanted.share)
-            block, _ = self.block(unit, start, stop, buffers)
-            wanted.add(block, total, Seen(unit.options, TensorRandom(self.seed, unit.name, start)))
+                stop = min(stop, start + self._step(unit, BLOCK // wanted.share))
+            block, base = self.block(unit, start, stop, buffers)
+            block, base = self._shaped(unit, block, base)
+            random, place = TensorRandom(self.seed, unit.name, start), Place(unit.name, unit.shape, start)
+            wanted.add(block, total, Seen(unit.options, random, place, base))
         return total
 
     def measure_model(self, units: list[Unit], world: World, workers: Workers) -> None:
@@ -193,7 +213,7 @@ class Merger:
         found = []
         for unit in units:
             whole = self.scope(unit) == "tensor" or needs_whole_tensor(self.method, unit)
-            step = max(unit.numel, 1) if whole else SPLIT_ABOVE
+            step = max(unit.numel, 1) if whole else self._step(unit, SPLIT_ABOVE)
             found += [(unit, start, min(start + step, unit.numel)) for start in range(0, max(unit.numel, 1), step)]
         return sorted(found, key=lambda job: job[1] - job[2])
 
@@ -206,8 +226,7 @@ class Merger:
         scope = self.scope(unit)
         if "state" in self._arguments and unit.action == MERGE:
             options["state"] = self.measure_tensor(unit, buffers) if scope == "tensor" else self.states.get("")
-        whole = needs_whole_tensor(self.method, unit)
-        for start, stop in self.blocks(first, last, max(unit.numel, 1) if whole else self.chunk):
+        for start, stop in self.blocks(first, last, self._step(unit, self.chunk)):
             block, base = self.block(unit, start, stop, buffers)
             if unit.action == MEAN:
                 weight = unit.options["weight"]
@@ -215,7 +234,11 @@ class Merger:
             else:
                 if "random" in self._arguments:
                     options["random"] = TensorRandom(self.seed, unit.name, start)
-                shaped = block.view(block.shape[0], *unit.shape) if whole else block
+                if "place" in self._arguments:
+                    options["place"] = Place(unit.name, unit.shape, start)
+                shaped, shaped_base = self._shaped(unit, block, base)
+                if "base" in self._arguments:
+                    options["base"] = shaped_base
                 merged = self.method.function(shaped, **options).reshape(-1)
             if base is not None:
                 merged.add_(base)

@@ -106,13 +106,14 @@ class Plan:
     def peak_memory(self) -> int:
         """Estimate of the peak of anonymous memory in bytes, interpreter and libraries included."""
         from hf_fuse.merge.sources import BLOCK
-        from hf_fuse.merge.workers import default_workers, needs_whole_tensor
+        from hf_fuse.merge.workers import default_workers, needs_whole_tensor, row_length
 
         width = 8 if self.recipe.dtype == "float64" else 4
         models = max((len(unit.inputs) for unit in self.units), default=1)
         whole = max((u.numel for u in self.units if needs_whole_tensor(self.method, u)), default=0)
         # Block of K models, base, result, about as much again for the method's intermediate values, raw bytes.
-        blocks = default_workers() * BLOCK * (2 * models + 4) * width
+        block = max([BLOCK, *(row_length(self.method, u) or 0 for u in self.units)])
+        blocks = default_workers() * block * (2 * models + 4) * width
         return 300_000_000 + blocks + whole * (2 * models + 4) * width
 
     def to_dict(self) -> dict[str, Any]:

@@ -10,6 +10,7 @@ import resource
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from datetime import timedelta
+from functools import cache
 from typing import Any, TypeVar
 
 import torch
@@ -38,15 +39,31 @@ def allow_open_files(count: int) -> None:
             resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, most), hard))
 
 
+def _granularity(method: Method, unit: Unit) -> str:
+    decide = getattr(method.module, "unit", None)
+    if unit.action != MERGE:
+        return "element"
+    if decide is None:
+        return getattr(method.module, "UNIT", "element")
+    return decide(**{name: unit.options[name] for name in _parameters(decide)})
+
+
+@cache
+def _parameters(function: Callable) -> tuple[str, ...]:
+    return tuple(inspect.signature(function).parameters)
+
+
 def needs_whole_tensor(method: Method, unit: Unit) -> bool:
     """Whether the method must see this tensor in one piece instead of blocks."""
-    if unit.action != MERGE:
-        return False
-    decide = getattr(method.module, "unit", None)
-    if decide is None:
-        return getattr(method.module, "UNIT", "element") == "tensor"
-    names = inspect.signature(decide).parameters
-    return decide(**{name: unit.options[name] for name in names}) == "tensor"
+    return _granularity(method, unit) == "tensor"
+
+
+def row_length(method: Method, unit: Unit) -> int | None:
+    """Elements in a row, if the method must see whole rows; else None."""
+    if _granularity(method, unit) != "rows":
+        return None
+    rows = unit.shape[0] if len(unit.shape) > 1 else 1
+    return max(unit.numel // max(rows, 1), 1)
 
 
 def _keep_freed_memory() -> None:

@@ -78,3 +78,9 @@ def test_dare_ties_adds_what_agrees():
 
 def test_lambda_and_weights():
     assert dare([torch.ones(3)], density=1, weights=[0.5], **{"lambda": 4.0}).tolist() == [2.0] * 3
+
+
+def test_bits_from_an_odd_element_on():
+    bits = TensorRandom(0, "w").bits(1, 999)
+    assert (TensorRandom(0, "w", start=333).bits(1, 100) == bits[333:433]).all()
+    assert (TensorRandom(0, "w", start=7).bits(1, 1) == bits[7:8]).all()

@@ -7,8 +7,11 @@ The first argument tells what the engine hands over, in the working precision (f
   engine adds the base;
 - ``vectors_KN``: differences if the recipe has a base, else weights.
 
-A method is elementwise unless its module says ``UNIT = "tensor"`` (or a function ``unit(**options)`` there does): then
-it gets ``[K, *shape]``. A module with ``measure(...)`` needs numbers from a whole tensor or model first: a generator
-of :class:`~hf_fuse.merge.methods._passes.Pass` whose return value reaches the method as ``state``. ``MODELS = (low,
-high)`` bounds K; ``SCALARS = "mean"`` has 0-d tensors averaged instead.
+A method is elementwise unless its module says ``UNIT`` (or a function ``unit(**options)`` there does). With
+``"tensor"`` it gets ``[K, *shape]``. With ``"rows"`` it gets whole rows, ``[K, R, C]``: a row is all that lies behind
+an index of the first axis, and a vector is one row. It may ask for ``base`` (the base's weights, shaped like one
+model's block) and for ``place`` (a :class:`~hf_fuse.merge.methods._passes.Place`). A module with ``measure(...)`` needs
+numbers from a whole tensor or model first: a generator of :class:`~hf_fuse.merge.methods._passes.Pass` whose return
+value reaches the method as ``state``. ``MODELS = (low, high)`` bounds K; ``SCALARS = "mean"`` has 0-d tensors averaged
+instead.
 """

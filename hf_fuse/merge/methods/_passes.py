@@ -19,11 +19,23 @@ Measurement = Generator["Pass", Tensor, Any]
 
 
 @dataclass(frozen=True)
+class Place:
+    """Where a block lies: the tensor, its shape, and the block's first element in it."""
+
+    tensor: str
+    shape: tuple[int, ...]
+    start: int
+
+
+@dataclass(frozen=True)
 class Seen:
-    """What a block belongs to: the options that hold for its tensor, and its random numbers."""
+    """What a block belongs to: the options that hold for its tensor, its random numbers, its place, and the base's
+    weights there (shaped as one model's part of the block; None if the method does without a base)."""
 
     options: dict[str, Any]
     random: TensorRandom
+    place: Place
+    base: Tensor | None = None
 
 
 @dataclass

@@ -16,7 +16,7 @@ STEPS = 1 << 16  # resolution of a probability
 
 
 class TensorRandom:
-    """The random numbers of one tensor from element ``start`` (even) on."""
+    """The random numbers of one tensor from element ``start`` on."""
 
     def __init__(self, seed: int, tensor: str, start: int = 0):
         self.seed, self.tensor, self.start = seed, tensor, start
@@ -26,7 +26,8 @@ class TensorRandom:
         digest = hashlib.sha256(f"{self.seed}\0{self.tensor}\0{model}".encode()).digest()
         first, high = self.start // 2 & 0xFFFFFFFF, self.start // 2 >> 32
         key, key2 = (np.uint32(int.from_bytes(digest[i : i + 4], "little")) for i in (4 * (high % 7), 28))
-        value = np.arange((count + 1) // 2, dtype=np.uint32)
+        odd = self.start % 2  # a block of rows may begin at any element
+        value = np.arange((count + odd + 1) // 2, dtype=np.uint32)
         value += np.uint32((first + int(key)) & 0xFFFFFFFF)
         value ^= value >> np.uint32(16)
         value *= np.uint32(0x7FEB352D)
@@ -34,7 +35,7 @@ class TensorRandom:
         value ^= key2
         value *= np.uint32(0x846CA68B)
         value ^= value >> np.uint32(16)
-        return value.view(np.uint16)[:count]
+        return value.view(np.uint16)[odd : odd + count]
 
     def keep(self, model: int, density: float, like_N: Tensor) -> tuple[Tensor, float]:
         """A 0/1 mask ``[N]`` that keeps each element with probability ``density``, and that probability as it was

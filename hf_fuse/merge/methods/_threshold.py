@@ -7,36 +7,52 @@ passes look at a sample and the full pass only checks their guess; a wrong guess
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from hf_fuse.merge.methods._passes import Measurement, Pass
+from hf_fuse.merge.methods._passes import Measurement, Pass, Seen
 
 SAMPLED_BINS, FULL_BINS = 1 << 12, 1 << 17
-SAMPLE_ABOVE = 1 << 23  # elements; below, full passes are cheaper than being clever
+SAMPLE_ABOVE = 1 << 20  # elements; below, full passes are cheaper than being clever
 SHARES = (64, 8)  # first look at 1/64 of the elements, then at 1/8
 _SIGMAS = 6.0
 
 
-def kth_largest_magnitude(ranks: Sequence[int], numel: int, dtype: torch.dtype) -> Measurement:
-    """For each model the ``ranks[k]``-th largest |delta| (1 = largest) among ``numel`` elements; returns K floats.
+def kth_largest_magnitude(
+    ranks: Sequence[int],
+    numel: int,
+    dtype: torch.dtype,
+    *,
+    rows: Sequence[int] | None = None,
+    values: Callable[[Tensor, Seen], Tensor] | None = None,
+) -> Measurement:
+    """The ``ranks[i]``-th largest |delta| (1 = largest) of model ``rows[i]`` among ``numel`` elements, as floats.
 
     A rank beyond ``numel`` gives 0.
+
+    Args:
+        rows: which row of a block each rank is asked of; by default one rank per model.
+        values: what to rank instead of the block itself: ``(block_KN, seen) -> [M, N]``, elementwise.
     """
+    rows = range(len(ranks)) if rows is None else rows
     integer = torch.int64 if dtype == torch.float64 else torch.int32
     top = int(torch.tensor(float("inf"), dtype=dtype).view(integer)) + 1
     shares = SHARES if numel > SAMPLE_ABOVE else ()
     windows = [(0, top)] * len(ranks)
+    bins = min(FULL_BINS, max(1 << 10, 1 << numel.bit_length()))
     for share in shares:
-        counts = yield _count(windows, share, SAMPLED_BINS, integer)
+        counts = yield _count(windows, share, SAMPLED_BINS, integer, rows, values)
         windows = [_guess(c, w, r, numel) for c, w, r in zip(counts, windows, ranks)]
     while any(high - low > 1 for low, high in windows):
-        counts = yield _count(windows, 1, FULL_BINS, integer)
-        # A sample may have pointed beside the mark; then that model starts again without one.
-        windows = [_find(c, w, r) or (0, top) for c, w, r in zip(counts, windows, ranks)]
+        counts = yield _count(windows, 1, bins, integer, rows, values)
+        # A sample may have pointed beside the mark; then that rank starts again without one. What is larger than
+        # everything is NaN (let in by the user) and counts as infinite.
+        windows = [
+            _find(c, w, r) or ((top - 1, top) if w == (0, top) else (0, top)) for c, w, r in zip(counts, windows, ranks)
+        ]
     bits = torch.tensor([low for low, _ in windows], dtype=integer)
     return [float(value) if rank <= numel else 0.0 for value, rank in zip(bits.view(dtype), ranks)]
 
@@ -45,33 +61,42 @@ def _shift(window: tuple[int, int], bins: int) -> int:
     return max(0, (window[1] - window[0] - 1).bit_length() - (bins.bit_length() - 1))
 
 
-def _count(windows: list[tuple[int, int]], share: int, bins: int, integer: torch.dtype) -> Pass:
-    """Counts per model: bins of the window, then how many lie above it, then how many were seen."""
+def _count(
+    windows: list[tuple[int, int]],
+    share: int,
+    bins: int,
+    integer: torch.dtype,
+    rows: Sequence[int],
+    values: Callable[[Tensor, Seen], Tensor] | None,
+) -> Pass:
+    """Counts per rank: bins of its window, then how many lie above it, then how many were seen."""
 
-    def add(block_KN: Tensor, total: Tensor, seen: object) -> None:
-        bits_KN = block_KN.abs().view(integer)
-        for k, window in enumerate(windows):
-            if window[1] - window[0] <= 1:
-                continue  # this model's number is already known
-            low, high = window
-            shift = _shift(window, bins)
-            if bits_KN.is_cpu:
-                bits = bits_KN[k].numpy()
-                inside = bits[(bits >= low) & (bits < high)]
-                above = np.count_nonzero(bits >= high)
-                slots = (inside - inside.dtype.type(low)) >> shift
-                row = total[k].numpy()
-                if slots.size * 8 > bins:
-                    row[:bins] += np.bincount(slots, minlength=bins)
-                else:
-                    np.add.at(row, slots, 1)
-                row[bins] += above
+    def add(block_KN: Tensor, total: Tensor, seen: Seen) -> None:
+        if values is not None:
+            block_KN = values(block_KN, seen)
+        bits_of: dict[int, Tensor] = {}
+        for i, (low, high) in enumerate(windows):
+            if high - low <= 1:
+                continue  # this number is already known
+            k = rows[i]
+            if k not in bits_of:
+                bits_of[k] = block_KN[k].abs().view(integer)
+            shift = _shift((low, high), bins)
+            if bits_of[k].is_cpu:
+                bits = bits_of[k].numpy()
+                # numpy compares and compresses fast, torch counts fast.
+                inside = torch.from_numpy(np.compress((bits >= low) & (bits < high), bits))
+                total[i, bins] += np.count_nonzero(bits >= high)
             else:
-                bits = bits_KN[k]
+                bits = bits_of[k]
                 inside = bits[(bits >= low) & (bits < high)]
-                total[k, :bins] += torch.bincount((inside - low) >> shift, minlength=bins).to(total.device)
-                total[k, bins] += int((bits >= high).sum())
-            total[k, bins + 1] += block_KN.shape[1]
+                total[i, bins] += int((bits >= high).sum())
+            slots = inside.sub_(low).bitwise_right_shift_(shift)
+            if slots.numel() * 8 > bins or not slots.is_cpu:
+                total[i, :bins] += torch.bincount(slots, minlength=bins).to(total.device)
+            else:
+                total[i].index_add_(0, slots, torch.ones_like(slots, dtype=torch.int64))
+            total[i, bins + 1] += block_KN.shape[-1]
 
     return Pass(torch.zeros(len(windows), bins + 2, dtype=torch.int64), add, share)
 

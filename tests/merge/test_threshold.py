@@ -1,0 +1,50 @@
+"""Order statistics by counting passes, against sorting."""
+
+import math
+
+import pytest
+import torch
+
+from hf_fuse.merge.methods import _threshold
+from hf_fuse.merge.methods._passes import Place, Seen
+from hf_fuse.merge.methods._random import TensorRandom
+
+
+def find(tensor, ranks, **options):
+    """Runs the passes over ``[K, N]`` in blocks of 1000."""
+    steps, total = _threshold.kth_largest_magnitude(ranks, tensor.shape[1], tensor.dtype, **options), None
+    while True:
+        try:
+            wanted = steps.send(total)
+        except StopIteration as done:
+            return done.value
+        total = wanted.total.clone()
+        for start in range(0, tensor.shape[1], 1000):
+            block = tensor[:, start : start + 1000 // wanted.share]
+            wanted.add(block, total, Seen({}, TensorRandom(0, "w", start), Place("w", (), start)))
+
+
+@pytest.mark.parametrize("sample_above", [10_000, 1 << 40])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_several_ranks_of_one_row(monkeypatch, sample_above, dtype):
+    monkeypatch.setattr(_threshold, "SAMPLE_ABOVE", sample_above)
+    tensor = torch.randn(2, 50_000, generator=torch.Generator().manual_seed(0), dtype=dtype)
+    ranks, rows = [1, 500, 50_000, 7, 40_000, 50_001], [0, 0, 0, 1, 1, 1]
+    ordered = tensor.abs().sort(descending=True).values
+    expected = [float(ordered[row, rank - 1]) if rank <= 50_000 else 0.0 for rank, row in zip(ranks, rows)]
+    assert find(tensor, ranks, rows=rows) == expected
+
+
+def test_ranks_of_what_is_computed_from_a_block():
+    tensor = torch.randn(3, 5000, generator=torch.Generator().manual_seed(1))
+    spread = (tensor[0] - tensor[1]).abs() + tensor[2].abs()
+    found = find(
+        tensor, [250], rows=[0], values=lambda block, seen: ((block[0] - block[1]).abs() + block[2].abs())[None]
+    )
+    assert found == [float(spread.topk(250).values.min())]
+
+
+def test_equal_values_and_nan():
+    assert find(torch.full((1, 3000), 0.25), [1200]) == [0.25]
+    tensor = torch.tensor([[3.0, math.nan, 1.0, 2.0]])
+    assert find(tensor, [1]) == [math.inf] and find(tensor, [3]) == [2.0]
