@@ -25,9 +25,10 @@ from pathlib import Path
 
 import yaml
 from checkpoint_family import FamilySize, build_family
-from process_usage import cores, file_system, measure, memory_available
+from process_usage import cores, file_system, measure, memory_available, wait_for_calm
 
 MB = 1_000_000
+ATTEMPTS = 5  # at a run that other processes do not disturb
 
 # Reads the weights of every folder named on the command line in pieces of a megabyte, writes as many bytes as asked.
 FLOOR = """
@@ -137,9 +138,15 @@ def compare(
     for turn, (name, command) in itertools.product(range(repeats), commands.items()):
         if name == "mergekit" and turn >= (options.mergekit_repeats or repeats):
             continue
-        shutil.rmtree(output, ignore_errors=True)
-        print(f"{method} {turn + 1}/{repeats}: {name}", file=sys.stderr)
-        used[name].append(asdict(measure(command, environment)))
+        for attempt in range(1, 1 + (ATTEMPTS if options.calm is not None else 1)):
+            shutil.rmtree(output, ignore_errors=True)
+            if options.calm is not None:
+                wait_for_calm(options.calm)
+            print(f"{method} {turn + 1}/{repeats}: {name}{f', again ({attempt})' * (attempt > 1)}", file=sys.stderr)
+            usage = measure(command, environment)
+            if options.calm is None or (usage.others or 0.0) <= options.calm:
+                break
+        used[name].append(asdict(usage))
     written = sum(path.stat().st_size for path in output.glob("*.safetensors"))
     if not size.nbytes <= written < size.nbytes + MB:
         raise RuntimeError(f"{method}: {written} bytes of weights written, expected {size.nbytes} and a header.")
@@ -247,6 +254,13 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
         choices=("family", "method"),
         default="family",
         help="the floor reads the base and all fine-tunes (default), or only what the method reads",
+    )
+    parser.add_argument(
+        "--calm",
+        type=float,
+        metavar="CORES",
+        help="wait until other processes keep fewer than this many cores busy (at most a minute a run), and repeat "
+        f"a run that they disturb (at most {ATTEMPTS} times)",
     )
     parser.add_argument("--threads", type=int, help="OMP_NUM_THREADS of all programs (default: as it is)")
     parser.add_argument("--mergekit", type=Path, metavar="PYTHON", help="interpreter of an environment with mergekit")

@@ -52,6 +52,19 @@ def machine_cpu_seconds() -> float | None:
     return None
 
 
+def wait_for_calm(limit: float, patience: float = 60.0) -> bool:
+    """Waits until less than ``limit`` cores have been busy for two seconds; False if that takes over ``patience`` s."""
+    end = time.monotonic() + patience
+    while True:
+        busy, start = machine_cpu_seconds(), time.monotonic()
+        time.sleep(2.0)
+        after = machine_cpu_seconds()
+        if busy is None or after is None or (after - busy) / (time.monotonic() - start) < limit:
+            return True
+        if time.monotonic() > end:
+            return False
+
+
 def measure(command: list[str], environment: dict[str, str]) -> Usage:
     """Runs one process to its end.
 
