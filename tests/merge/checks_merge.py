@@ -21,6 +21,9 @@ EXEMPT = {
     "idempotent": {
         "task_arithmetic": "adds the task vectors up",
         "ties": "trims",
+        "magnitude": "trims and adds up",
+        "breadcrumbs": "trims and adds up",
+        "breadcrumbs_ties": "trims and adds up",
         "dare_linear": "adds up, and drops at random",
         "dare_ties": "adds up, and drops at random",
         "passthrough": "scales here",

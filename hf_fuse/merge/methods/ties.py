@@ -8,11 +8,11 @@ from typing import Annotated, Literal
 
 import torch
 from torch import Tensor
-from torch.nn.functional import hardshrink
 
 from hf_fuse.merge.methods._election import NEGATIVE, POSITIVE, combine_agreeing, sign_balance
 from hf_fuse.merge.methods._passes import Measurement, Pass, Seen
 from hf_fuse.merge.methods._threshold import kth_largest_magnitude
+from hf_fuse.merge.methods._trim import trimmed
 from hf_fuse.registry import Between, PerModel
 
 PAPER = "https://arxiv.org/abs/2306.01708"
@@ -39,7 +39,7 @@ def measure(
         return thresholds, POSITIVE
 
     def add(block_KN: Tensor, total: Tensor, seen: Seen) -> None:
-        total += sign_balance(_trimmed(block_KN, thresholds, seen.options["weight"])).cpu()
+        total += sign_balance(trimmed(block_KN, thresholds, seen.options["weight"])).cpu()
 
     balance = yield Pass(torch.zeros((), dtype=torch.int64), add)
     return thresholds, POSITIVE if balance > 0 else NEGATIVE
@@ -72,20 +72,5 @@ def ties(
         state: thresholds and the sign for ties.
     """
     thresholds, tied = state
-    values = _trimmed(deltas_KN, thresholds, weight)
+    values = trimmed(deltas_KN, thresholds, weight)
     return combine_agreeing(values, weight, tied=tied, normalize=normalize).mul_(lambda_)
-
-
-def _trimmed(deltas_KN: Tensor, thresholds: Sequence[float], weight: Sequence[float]) -> list[Tensor]:
-    """K rows: ``w_k tau_k`` where |tau_k| reaches the threshold, else 0."""
-    rows = []
-    zero = torch.zeros((), dtype=deltas_KN.dtype)
-    for delta_N, threshold, one in zip(deltas_KN, thresholds, weight):
-        if threshold > 0:
-            # hardshrink keeps what is strictly larger, so it is given the next smaller number.
-            just_below = torch.nextafter(zero + threshold, zero)
-            delta_N = hardshrink(delta_N, float(just_below))
-            rows.append(delta_N if one == 1 else delta_N.mul_(one))
-        else:
-            rows.append(delta_N if one == 1 else delta_N * one)
-    return rows
