@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import inspect
+import re
 from typing import TYPE_CHECKING, Any
 
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
@@ -27,7 +30,7 @@ def print_plan(plan: Plan, console: Console) -> None:
     facts = plan.to_dict()
     paper = f"  {plan.method.paper}" if plan.method.paper else ""
     console.print(f"[bold]{plan.method.name}[/]: {plan.method.summary}{paper}", highlight=False)
-    table = Table(title="models", title_justify="left")
+    table = Table(box=SIMPLE_HEAD, pad_edge=False)
     for column in ("role", "model", "commit", "tensors", "size", "dtypes", "tokenizer"):
         table.add_column(column, justify="right" if column in ("tensors", "size") else "left", overflow="fold")
     for parent in facts["parents"]:
@@ -75,6 +78,7 @@ def method_facts(method: Method) -> dict[str, Any]:
     from hf_fuse.merge.units import takes_base
 
     low, high = getattr(method.module, "MODELS", (1, None))
+    meanings = described_arguments(method)
     return {
         "name": method.name,
         "summary": method.summary,
@@ -87,22 +91,34 @@ def method_facts(method: Method) -> dict[str, Any]:
                 "default": None if option.required else option.default,
                 "required": option.required,
                 "per_model": option.per_model,
+                "meaning": meanings.get(option.keyword, ""),
             }
             for option in method.options.values()
         },
     }
 
 
+def described_arguments(method: Method) -> dict[str, str]:
+    """The ``Args:`` section of the docstring: ``{argument: its text in one line}``."""
+    text = inspect.cleandoc(method.function.__doc__ or "").partition("Args:")[2]
+    section = re.split(r"\n(?=\S)", text)[0]
+    found = re.findall(r"^    (\w+): (.*?)(?=^    \w+: |\Z)", section, flags=re.M | re.S)
+    return {name: " ".join(meaning.split()) for name, meaning in found}
+
+
 def print_methods(console: Console) -> None:
-    table = Table()
-    for column in ("method", "what it does", "models", "base", "parameters", "paper"):
-        table.add_column(column, overflow="fold")
+    table = Table(box=SIMPLE_HEAD, pad_edge=False)
+    table.add_column("method", no_wrap=True)
+    table.add_column("what it does")
+    table.add_column("needs", no_wrap=True)
+    table.add_column("paper", no_wrap=True)
     for name in registry.names("merge"):
         facts = method_facts(registry.get("merge", name))
-        table.add_row(
-            name, facts["summary"], facts["models"], facts["base"], ", ".join(facts["parameters"]), facts["paper"] or ""
-        )
+        base = {"required": "base, ", "optional": "(base), ", "no": ""}[facts["base"]]
+        paper = (facts["paper"] or "").removeprefix("https://").replace("arxiv.org/abs/", "arXiv:")
+        table.add_row(name, facts["summary"].removesuffix("."), f"{base}{facts['models']}", paper.split("/")[0])
     console.print(table)
+    console.print("needs: models to merge, besides the base. hf-fuse list METHOD shows parameters and a recipe.")
 
 
 def print_method(name: str, console: Console) -> None:
@@ -111,15 +127,17 @@ def print_method(name: str, console: Console) -> None:
     console.print(f"[bold]{name}[/]: {facts['summary']}", highlight=False)
     if facts["paper"]:
         console.print(facts["paper"])
+    formula = inspect.cleandoc(method.function.__doc__ or "").split("\n\n")[0].replace("``", "")
+    console.print(formula, highlight=False, markup=False)
     console.print(f"models: {facts['models']}, base: {facts['base']}", highlight=False)
-    table = Table()
-    for column in ("parameter", "type", "default"):
-        table.add_column(column)
+    table = Table(box=SIMPLE_HEAD, pad_edge=False)
+    for column in ("parameter", "type", "default", "meaning"):
+        table.add_column(column, overflow="fold")
     for key, option in facts["parameters"].items():
-        table.add_row(key, option["type"], "required" if option["required"] else str(option["default"]))
+        default = "required" if option["required"] else str(option["default"])
+        table.add_row(key, option["type"], default, option["meaning"].replace("``", ""))
     console.print(table)
-    console.print((method.function.__doc__ or "").strip("\n"), highlight=False, markup=False)
-    console.print("\nrecipe:", style="bold")
+    console.print("recipe:", style="bold")
     console.print(example_recipe(facts), highlight=False, markup=False)
 
 
