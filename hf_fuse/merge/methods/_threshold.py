@@ -15,10 +15,11 @@ from torch import Tensor
 
 from hf_fuse.merge.methods._passes import Measurement, Pass, Seen
 
-SAMPLED_BINS, FULL_BINS = 1 << 12, 1 << 17
-SAMPLE_ABOVE = 1 << 20  # elements; below, full passes are cheaper than being clever
-SHARES = (64, 8)  # first look at 1/64 of the elements, then at 1/8
-_SIGMAS = 6.0
+SAMPLED_BINS = 1 << 12
+LEAST_BINS, MOST_BINS = 1 << 10, 1 << 17  # of a full pass
+SAMPLE_ABOVE = 1 << 19  # elements; below, full passes are cheaper than being clever
+SHARES = (64, 4)  # first look at 1/64 of the elements, then at 1/4
+_SIGMAS = 4.5
 
 
 def kth_largest_magnitude(
@@ -42,7 +43,7 @@ def kth_largest_magnitude(
     top = int(torch.tensor(float("inf"), dtype=dtype).view(integer)) + 1
     shares = SHARES if numel > SAMPLE_ABOVE else ()
     windows = [(0, top)] * len(ranks)
-    bins = min(FULL_BINS, max(1 << 10, 1 << numel.bit_length()))
+    bins = min(max(1 << max(numel.bit_length() - 3, 0), LEAST_BINS), MOST_BINS)
     for share in shares:
         counts = yield _count(windows, share, SAMPLED_BINS, integer, rows, values)
         windows = [_guess(c, w, r, numel) for c, w, r in zip(counts, windows, ranks)]
@@ -85,8 +86,9 @@ def _count(
             if bits_of[k].is_cpu:
                 bits = bits_of[k].numpy()
                 # numpy compares and compresses fast, torch counts fast.
-                inside = torch.from_numpy(np.compress((bits >= low) & (bits < high), bits))
-                total[i, bins] += np.count_nonzero(bits >= high)
+                beyond = bits >= high
+                inside = torch.from_numpy(np.compress((bits >= low) ^ beyond, bits))
+                total[i, bins] += np.count_nonzero(beyond)
             else:
                 bits = bits_of[k]
                 inside = bits[(bits >= low) & (bits < high)]
