@@ -26,6 +26,8 @@ EXEMPT = {
         "breadcrumbs_ties": "trims and adds up",
         "dare_linear": "adds up, and drops at random",
         "dare_ties": "adds up, and drops at random",
+        "della": "drops at random",
+        "della_linear": "adds up, and drops at random",
         "passthrough": "scales here",
         "wise_ft": "stops short of the fine-tuned model by intent",
     },
