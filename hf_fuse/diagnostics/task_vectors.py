@@ -11,11 +11,11 @@ import torch
 from torch import Tensor
 
 from hf_fuse import registry
-from hf_fuse.merge.engine import Merger
 from hf_fuse.merge.methods._products import add_products
 from hf_fuse.merge.plan import plan
 from hf_fuse.merge.progress import Progress
 from hf_fuse.merge.sources import BLOCK, Buffers
+from hf_fuse.merge.stream import Merger
 from hf_fuse.merge.units import MERGE, Unit
 from hf_fuse.merge.workers import Workers
 
