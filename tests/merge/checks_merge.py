@@ -27,6 +27,7 @@ EXEMPT = {
         "dare_linear": "adds up, and drops at random",
         "dare_ties": "adds up, and drops at random",
         "della": "drops at random",
+        "sce": "merges where models differ only, below density 1",
         "della_linear": "adds up, and drops at random",
         "passthrough": "scales here",
         "wise_ft": "stops short of the fine-tuned model by intent",

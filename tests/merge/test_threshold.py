@@ -48,3 +48,16 @@ def test_equal_values_and_nan():
     assert find(torch.full((1, 3000), 0.25), [1200]) == [0.25]
     tensor = torch.tensor([[3.0, math.nan, 1.0, 2.0]])
     assert find(tensor, [1]) == [math.inf] and find(tensor, [3]) == [2.0]
+
+
+@pytest.mark.parametrize("sample_above", [10_000, 1 << 40])
+def test_shares_of_what_is_not_zero(monkeypatch, sample_above):
+    monkeypatch.setattr(_threshold, "SAMPLE_ABOVE", sample_above)
+    tensor = torch.randn(2, 40_000, generator=torch.Generator().manual_seed(2))
+    tensor[0, ::3] = 0
+    tensor[1, 10:] = 0
+    ordered = tensor.abs().sort(descending=True).values
+    nonzero = int(tensor[0].count_nonzero())
+    expected = [float(ordered[0, int(0.1 * nonzero) - 1]), float(ordered[1, 2]), math.inf]
+    assert find(tensor, [0.1, 0.3, 0.05], rows=[0, 1, 1], of_nonzero=True) == expected
+    assert find(torch.zeros(1, 50), [0.5], of_nonzero=True) == [math.inf]

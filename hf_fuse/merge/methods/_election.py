@@ -30,7 +30,14 @@ def sign_balance(values: Iterable[Tensor]) -> Tensor:
     return total_of(values).sign_().sum().to(torch.int64)
 
 
-def combine_agreeing(values: Sequence[Tensor], weight: Sequence[float], *, tied: float, normalize: bool) -> Tensor:
+def elected_sign(values: Iterable[Tensor], tied: float) -> Tensor:
+    """Sign of the sum over models, +1 or -1; ``tied`` where it is zero. ``[N]``"""
+    return total_of(values).sign_().add_(0.5 * tied).sign_()
+
+
+def combine_agreeing(
+    values: Sequence[Tensor], weight: Sequence[float], *, tied: float, normalize: bool, sign_N: Tensor | None = None
+) -> Tensor:
     """Sum over models of the values that have the elected sign, ``[N]``.
 
     Args:
@@ -38,8 +45,9 @@ def combine_agreeing(values: Sequence[Tensor], weight: Sequence[float], *, tied:
         weight: K weights; with ``normalize`` the sum is divided by the weights of the models that agree and are not
             zero there (1 each: the disjoint mean of the TIES paper).
         tied: sign of elements whose values cancel exactly, +1 or -1.
+        sign_N: the elected signs, if it is not the values that voted.
     """
-    sign_N = total_of(values).sign_().add_(0.5 * tied).sign_()
+    sign_N = elected_sign(values, tied) if sign_N is None else sign_N
     merged_N, share_N = torch.zeros_like(sign_N), torch.zeros_like(sign_N)
     for value_N, one in zip(values, weight):
         agreeing_N = (value_N * sign_N).clamp_min_(0.0)
@@ -49,6 +57,6 @@ def combine_agreeing(values: Sequence[Tensor], weight: Sequence[float], *, tied:
     merged_N.mul_(sign_N)
     if not normalize:
         return merged_N
-    if min(weight) > 0:  # nobody agrees only where the sum is zero anyway
+    if min(weight) >= 0:  # the weights add up to nothing only where the values do too
         return merged_N.div_(share_N.clamp_min_(torch.finfo(share_N.dtype).tiny))
     return torch.where(share_N == 0, merged_N, merged_N / share_N)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import torch
 from torch import Tensor
 
@@ -13,12 +15,30 @@ def gram(count: int) -> Measurement:
     return (yield Pass(torch.zeros(count, count, dtype=torch.float64), add_products))
 
 
+def energies(rows: Iterable[Tensor]) -> Tensor:
+    """Sum of squares of each row, ``fp64 [K]``."""
+    found = []
+    for row in rows:
+        row = row.reshape(-1)
+        square = torch.dot(row, row).item()
+        found.append(square if _in_range(square) or row.dtype != torch.float32 else row.double().square().sum().item())
+    return torch.tensor(found, dtype=torch.float64)
+
+
+def add_energies(block_KN: Tensor, total: Tensor, seen: object = None) -> None:
+    """Adds the sums of squares of the block's rows to ``total``, ``fp64 [K]``."""
+    total += energies(block_KN)
+
+
+def _in_range(square: float) -> bool:
+    """Squares of tiny or huge numbers leave the range of fp32: no method may depend on the unit of its weights."""
+    return 1e-24 < square < 1e34
+
+
 def add_products(block_KN: Tensor, total: Tensor, seen: object = None) -> None:
     """Adds the block's inner products to ``total``, ``fp64 [K, K]``."""
     products = _products(block_KN)
-    squares = products.diagonal()
-    # Squares of tiny or huge numbers leave the range of fp32: no method may depend on the unit of its weights.
-    if block_KN.dtype == torch.float32 and not ((squares > 1e-24) & (squares < 1e34)).all():
+    if block_KN.dtype == torch.float32 and not all(_in_range(square) for square in products.diagonal().tolist()):
         products = _products(block_KN.double())
     total += products
 

@@ -23,10 +23,11 @@ _SIGMAS = 4.5
 
 
 def kth_largest_magnitude(
-    ranks: Sequence[int],
+    ranks: Sequence[int] | Sequence[float],
     numel: int,
     dtype: torch.dtype,
     *,
+    of_nonzero: bool = False,
     rows: Sequence[int] | None = None,
     values: Callable[[Tensor, Seen], Tensor] | None = None,
 ) -> Measurement:
@@ -35,6 +36,7 @@ def kth_largest_magnitude(
     A rank beyond ``numel`` gives 0.
 
     Args:
+        of_nonzero: the ranks are shares of how many are not zero, ``int(share * count)``; rank 0 gives infinity.
         rows: which row of a block each rank is asked of; by default one rank per model.
         values: what to rank instead of the block itself: ``(block_KN, seen) -> [M, N]``, elementwise.
     """
@@ -44,16 +46,20 @@ def kth_largest_magnitude(
     shares = SHARES if numel > SAMPLE_ABOVE else ()
     windows = [(0, top)] * len(ranks)
     bins = min(max(1 << max(numel.bit_length() - 3, 0), LEAST_BINS), MOST_BINS)
+    expected = [float(r) if of_nonzero else r / max(numel, 1) for r in ranks]
     for share in shares:
-        counts = yield _count(windows, share, SAMPLED_BINS, integer, rows, values)
-        windows = [_guess(c, w, r, numel) for c, w, r in zip(counts, windows, ranks)]
+        counts = yield _count(windows, share, SAMPLED_BINS, integer, rows, values, of_nonzero)
+        windows = [_guess(c, w, e) for c, w, e in zip(counts, windows, expected)]
+    ranks = list(ranks)
     while any(high - low > 1 for low, high in windows):
-        counts = yield _count(windows, 1, bins, integer, rows, values)
+        counts = yield _count(windows, 1, bins, integer, rows, values, of_nonzero)
+        if of_nonzero:
+            ranks = [int(e * int(c[-1])) for c, e in zip(counts, expected)]
         # A sample may have pointed beside the mark; then that rank starts again without one. What is larger than
         # everything is NaN (let in by the user) and counts as infinite.
-        windows = [
-            _find(c, w, r) or ((top - 1, top) if w == (0, top) else (0, top)) for c, w, r in zip(counts, windows, ranks)
-        ]
+        found = [_find(c, w, r) for c, w, r in zip(counts, windows, ranks)]
+        beyond = [(top - 1, top) if r == 0 or w == (0, top) else (0, top) for w, r in zip(windows, ranks)]
+        windows = [f or b for f, b in zip(found, beyond)]
     bits = torch.tensor([low for low, _ in windows], dtype=integer)
     return [float(value) if rank <= numel else 0.0 for value, rank in zip(bits.view(dtype), ranks)]
 
@@ -69,8 +75,9 @@ def _count(
     integer: torch.dtype,
     rows: Sequence[int],
     values: Callable[[Tensor, Seen], Tensor] | None,
+    of_nonzero: bool,
 ) -> Pass:
-    """Counts per rank: bins of its window, then how many lie above it, then how many were seen."""
+    """Counts per rank: bins of its window, then how many lie above it, then how many were seen (and not zero)."""
 
     def add(block_KN: Tensor, total: Tensor, seen: Seen) -> None:
         if values is not None:
@@ -98,9 +105,13 @@ def _count(
                 total[i, :bins] += torch.bincount(slots, minlength=bins).to(total.device)
             else:
                 total[i].index_add_(0, slots, torch.ones_like(slots, dtype=torch.int64))
-            total[i, bins + 1] += block_KN.shape[-1]
+            total[i, bins + 1] += _nonzero(bits_of[k]) if of_nonzero else bits_of[k].numel()
 
     return Pass(torch.zeros(len(windows), bins + 2, dtype=torch.int64), add, share)
+
+
+def _nonzero(bits: Tensor) -> int:
+    return int(np.count_nonzero(bits.numpy()) if bits.is_cpu else bits.count_nonzero())
 
 
 def _find(counts: Tensor, window: tuple[int, int], rank: int) -> tuple[int, int] | None:
@@ -121,12 +132,12 @@ def _find(counts: Tensor, window: tuple[int, int], rank: int) -> tuple[int, int]
     return low + (slot << shift), min(high, low + ((slot + 1) << shift))
 
 
-def _guess(counts: Tensor, window: tuple[int, int], rank: int, numel: int) -> tuple[int, int]:
-    """A window that holds the rank-th largest of all elements, judging by a sample's counts, almost surely."""
+def _guess(counts: Tensor, window: tuple[int, int], share: float) -> tuple[int, int]:
+    """A window that holds the element with this share of all above it, judging by a sample's counts, almost surely."""
     seen = int(counts[-1])
     if not seen or window[1] - window[0] <= 1:
         return window
-    share = min(rank / numel, 1.0)
+    share = min(share, 1.0)
     margin = _SIGMAS * (seen * share * (1 - share)) ** 0.5 + 3
     upper = _find(counts, window, max(1, int(seen * share - margin)))
     lower = _find(counts, window, min(seen, int(seen * share + margin) + 1))

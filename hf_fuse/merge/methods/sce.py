@@ -1,0 +1,89 @@
+"""SCE (FuseChat): select where models differ most, weigh them by their energy there, erase minority signs."""
+
+from __future__ import annotations
+
+import math
+from typing import Annotated
+
+import torch
+from torch import Tensor
+from torch.nn.functional import hardshrink
+
+from hf_fuse.merge.methods._election import POSITIVE, combine_agreeing, elected_sign, total_of
+from hf_fuse.merge.methods._passes import Measurement, Pass, Seen
+from hf_fuse.merge.methods._products import energies
+from hf_fuse.merge.methods._threshold import kth_largest_magnitude
+from hf_fuse.registry import Between
+
+PAPER = "https://arxiv.org/abs/2408.07990"
+SCALARS = "mean"
+MODELS = (2, None)
+MEASURE_SCOPE = "tensor"
+PASSES = 4
+
+
+def measure(count: int, numel: int, dtype: torch.dtype, *, density: float) -> Measurement:
+    """State: the least variance to select, and K weights."""
+    least = 0.0
+    if density <= 0:
+        least = math.inf
+    elif density < 1:
+        (least,) = yield from kth_largest_magnitude(
+            [density], numel, dtype, of_nonzero=True, values=lambda block_KN, seen: _variance(block_KN)[None]
+        )
+
+    def add(block_KN: Tensor, total: Tensor, seen: Seen) -> None:
+        total += energies(_selected(block_KN, least))
+
+    energy = yield Pass(torch.zeros(count, dtype=torch.float64), add)
+    whole = float(energy.sum())
+    return least, (energy / whole).tolist() if whole > 0 else [1 / count] * count
+
+
+def sce(
+    deltas_KN: Tensor,
+    *,
+    density: Annotated[float, Between(0, 1)] = 0.1,
+    state: tuple[float, list[float]],
+) -> Tensor:
+    """``theta_0 + sum_k eta_k tau_k / sum_k eta_k`` over the models that have the elected sign.
+
+    Args:
+        deltas_KN: task vectors, N elements.
+        density: share of the positions to merge, those where the models' variance is largest, of all where it is not
+            zero; the others stay at the base. 1 merges every position. FuseChat-7B used 0.1, FuseO1 1.
+        state: the least variance to select, and the weights eta: mean squares of the selected task vectors, normalised.
+
+    Positions whose variance equals the threshold are all selected. Where models agree there is no variance: below
+    density 1 nothing of identical models is merged. Votes that cancel count as positive. The selection holds for all
+    three steps, as the name says and mergekit does; the authors' merging code uses it for the weights only, and the
+    paper's body is unverified.
+    """
+    least, weights = state
+    values = _selected(deltas_KN, least)
+    sign_N = elected_sign(values, POSITIVE)
+    weighed = [value_N * weight for value_N, weight in zip(values, weights)]
+    return combine_agreeing(weighed, weights, tied=POSITIVE, normalize=True, sign_N=sign_N)
+
+
+def _variance(deltas_KN: Tensor) -> Tensor:
+    """Population variance over models, ``[N]``; exactly zero where all are equal."""
+    count = deltas_KN.shape[0]
+    rest = [delta_N - deltas_KN[0] for delta_N in deltas_KN[1:]]
+    mean_N = total_of(rest).div_(count)
+    variance_N = mean_N.square()
+    for delta_N in rest:
+        variance_N.addcmul_(delta_N.sub_(mean_N), delta_N)
+    return variance_N.div_(count)
+
+
+def _selected(deltas_KN: Tensor, least: float) -> list[Tensor]:
+    """Task vectors, zero where the variance is below ``least``."""
+    if least == 0:
+        return list(deltas_KN)
+    if least == math.inf:
+        return [torch.zeros_like(delta_N) for delta_N in deltas_KN]
+    zero = torch.zeros((), dtype=deltas_KN.dtype)
+    just_below = float(torch.nextafter(zero + least, zero))
+    mask_N = hardshrink(_variance(deltas_KN), just_below).sign_()
+    return [delta_N * mask_N for delta_N in deltas_KN]
