@@ -167,6 +167,29 @@ def plan(
         print_plan(made, _console())
 
 
+@app.command(context_settings=EXTRA)
+def sweep(
+    context: typer.Context,
+    recipe: Annotated[Path, typer.Argument(help="A recipe with a section sweep.", show_default=False)],
+    output: Output = None,
+    overwrite: Overwrite = False,
+    trials: Annotated[int | None, typer.Option(help="Instead of the file's.", min=1, show_default=False)] = None,
+    device: Annotated[str, typer.Option(help="cpu or cuda[:N].")] = "cpu",
+    as_json: Json = False,
+    plot: Annotated[Path | None, typer.Option(help="Draw here, not beside the output.", show_default=False)] = None,
+    allow_pickle: Pickle = False,
+    workers: Annotated[int | None, typer.Option(help="Threads; one per core, at most 8.", min=1)] = None,
+) -> None:
+    """Merge with many sets of parameters, score each merge, keep the best. Any recipe key can be set as in merge."""
+    from hf_fuse.merge.sweep import sweep as run
+
+    found = run(
+        recipe, output, overrides=_overrides(context.args), trials=trials, overwrite=overwrite, device=device,
+        allow_pickle=allow_pickle, workers=workers, plot=plot,
+    )  # fmt: skip
+    print(json.dumps(found.to_dict(), indent=2, default=str)) if as_json else found.print(_console())
+
+
 @app.command("list")
 def list_methods(
     name: Annotated[str | None, typer.Argument(help="A method: its parameters and a recipe to paste.")] = None,

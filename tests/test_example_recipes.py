@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
 import pytest
@@ -36,7 +37,10 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
-@pytest.mark.parametrize("recipe", sorted(RECIPES.glob("*.yaml")), ids=lambda path: path.stem)
+MERGES = sorted(path for path in RECIPES.glob("*.yaml") if path.stem != "sweep")
+
+
+@pytest.mark.parametrize("recipe", MERGES, ids=lambda path: path.stem)
 def test_recipe_runs(recipe: Path, models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(models)
     merged = load_file(hf_fuse.merge(recipe, output=tmp_path / "merged") / "model.safetensors")
@@ -48,3 +52,16 @@ def test_recipe_runs(recipe: Path, models: Path, tmp_path: Path, monkeypatch: py
     name = "model.layers.3.self_attn.q_proj.weight"
     assert merged[name].isfinite().all()
     assert not torch.equal(merged[name], base[name])
+
+
+def test_sweep_runs(models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from hf_fuse.merge.sweep import read_sweep, sweep
+
+    monkeypatch.chdir(models)
+    data, settings = read_sweep(RECIPES / "sweep.yaml")
+    # The toy models have no tokenizer to read the text with.
+    section = settings.model_dump(exclude_unset=True) | {"goal": "minimize"}
+    section["metric"] = {"command": f"{sys.executable} -c 'print(1)' {{model}}"}
+    result = sweep(data | {"sweep": section}, tmp_path / "best")
+    assert len(result.trials) == 9 and all(trial.second > 0 for trial in result.trials)
+    assert (tmp_path / "best" / "model.safetensors").exists()
