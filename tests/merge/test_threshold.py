@@ -38,9 +38,7 @@ def test_several_ranks_of_one_row(monkeypatch, sample_above, dtype):
 def test_ranks_of_what_is_computed_from_a_block():
     tensor = torch.randn(3, 5000, generator=torch.Generator().manual_seed(1))
     spread = (tensor[0] - tensor[1]).abs() + tensor[2].abs()
-    found = find(
-        tensor, [250], rows=[0], values=lambda block, seen: ((block[0] - block[1]).abs() + block[2].abs())[None]
-    )
+    found = find(tensor, [250], rows=[0], values=lambda b, seen, least: [(b[0] - b[1]).abs() + b[2].abs()])
     assert found == [float(spread.topk(250).values.min())]
 
 
@@ -61,3 +59,21 @@ def test_shares_of_what_is_not_zero(monkeypatch, sample_above):
     expected = [float(ordered[0, int(0.1 * nonzero) - 1]), float(ordered[1, 2]), math.inf]
     assert find(tensor, [0.1, 0.3, 0.05], rows=[0, 1, 1], of_nonzero=True) == expected
     assert find(torch.zeros(1, 50), [0.5], of_nonzero=True) == [math.inf]
+
+
+def test_rows_without_what_is_too_small_and_inexact_ends(monkeypatch):
+    monkeypatch.setattr(_threshold, "SAMPLE_ABOVE", 10_000)
+    tensor = torch.randn(2, 50_000, generator=torch.Generator().manual_seed(3))
+    lengths = []
+
+    def values(block, seen, least):
+        assert len(least) == 2
+        rows = [row[row.abs() >= one] for row, one in zip(block, least)]
+        lengths.append(len(rows[0]) / block.shape[1])
+        return rows
+
+    exact = [float(tensor[k].abs().topk(rank).values.min()) for k, rank in enumerate((600, 5000))]
+    assert find(tensor, [600, 5000], values=values) == exact
+    assert min(lengths) < 0.03
+    near = find(tensor, [600, 5000], values=values, ulps=8)
+    assert near == pytest.approx(exact, rel=8 * 2**-23) and all(a <= b for a, b in zip(near, exact))

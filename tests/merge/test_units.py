@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from hf_fuse import registry
-from hf_fuse.merge.stream import Merger
 from hf_fuse.merge.methods._passes import Pass
 from hf_fuse.merge.sources import BLOCK, MemorySource
+from hf_fuse.merge.stream import Merger
 from hf_fuse.merge.units import MERGE, Input, Unit
 from hf_fuse.merge.workers import Workers, World
 from hf_fuse.registry import Method

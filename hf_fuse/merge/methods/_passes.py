@@ -38,13 +38,30 @@ class Seen:
     base: Tensor | None = None
 
 
+class Largest:
+    """A total that takes the larger instead of adding, exact in any order. ``values`` start at zero."""
+
+    def __init__(self, values: Tensor):
+        self.values = values
+
+    def clone(self) -> Largest:
+        return Largest(self.values.clone())
+
+    def is_floating_point(self) -> bool:
+        return False  # as far as the order of adding matters
+
+    def __iadd__(self, other: Largest) -> Largest:
+        self.values = self.values.maximum(other.values)
+        return self
+
+
 @dataclass
 class Pass:
     """``add(block_KN, total, seen)`` adds what it sees to ``total`` in place; ``total`` starts as given, at zero.
 
-    With ``share > 1`` only the first 1/share of every block is read: a stratified sample.
+    With ``share > 1``, a power of two, about 1/share of the elements is read: the first part of every few blocks.
     """
 
-    total: Tensor
-    add: Callable[[Tensor, Tensor, Seen], None]
+    total: Tensor | Largest
+    add: Callable[[Tensor, Any, Seen], None]
     share: int = 1

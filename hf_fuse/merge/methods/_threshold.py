@@ -15,11 +15,15 @@ from torch import Tensor
 
 from hf_fuse.merge.methods._passes import Measurement, Pass, Seen
 
+# (block_KN, seen, least) -> M rows to rank, made elementwise. Numbers below ``least[m]`` may be left out of row m
+# (but not if what is not zero is to be counted).
+Values = Callable[[Tensor, Seen, Sequence[float]], Sequence[Tensor]]
+
 SAMPLED_BINS = 1 << 12
 LEAST_BINS, MOST_BINS = 1 << 10, 1 << 17  # of a full pass
 SAMPLE_ABOVE = 1 << 19  # elements; below, full passes are cheaper than being clever
-SHARES = (64, 4)  # first look at 1/64 of the elements, then at 1/4
-_SIGMAS = 4.5
+SHARES = (64, 64)  # first for the magnitude's order, then for the place within it
+_SIGMAS = 5.0
 
 
 def kth_largest_magnitude(
@@ -29,7 +33,8 @@ def kth_largest_magnitude(
     *,
     of_nonzero: bool = False,
     rows: Sequence[int] | None = None,
-    values: Callable[[Tensor, Seen], Tensor] | None = None,
+    values: Values | None = None,
+    ulps: int = 1,
 ) -> Measurement:
     """The ``ranks[i]``-th largest |delta| (1 = largest) of model ``rows[i]`` among ``numel`` elements, as floats.
 
@@ -38,7 +43,8 @@ def kth_largest_magnitude(
     Args:
         of_nonzero: the ranks are shares of how many are not zero, ``int(share * count)``; rank 0 gives infinity.
         rows: which row of a block each rank is asked of; by default one rank per model.
-        values: what to rank instead of the block itself: ``(block_KN, seen) -> [M, N]``, elementwise.
+        values: what to rank instead of the block itself, see :data:`Values`.
+        ulps: how many neighbouring floats may be taken for one; the lowest of them is returned.
     """
     rows = range(len(ranks)) if rows is None else rows
     integer = torch.int64 if dtype == torch.float64 else torch.int32
@@ -48,11 +54,13 @@ def kth_largest_magnitude(
     bins = min(max(1 << max(numel.bit_length() - 3, 0), LEAST_BINS), MOST_BINS)
     expected = [float(r) if of_nonzero else r / max(numel, 1) for r in ranks]
     for share in shares:
-        counts = yield _count(windows, share, SAMPLED_BINS, integer, rows, values, of_nonzero)
+        counts = yield _count(windows, share, SAMPLED_BINS, dtype, rows, values, of_nonzero, ulps)
         windows = [_guess(c, w, e) for c, w, e in zip(counts, windows, expected)]
     ranks = list(ranks)
-    while any(high - low > 1 for low, high in windows):
-        counts = yield _count(windows, 1, bins, integer, rows, values, of_nonzero)
+    while any(high - low > ulps for low, high in windows):
+        # No more bins than numbers: bf16 models differ by few distinct ones, and every bin is written for every block.
+        fitting = min(bins, 1 << max(1, *((high - low - 1).bit_length() for low, high in windows)))
+        counts = yield _count(windows, 1, fitting, dtype, rows, values, of_nonzero, ulps)
         if of_nonzero:
             ranks = [int(e * int(c[-1])) for c, e in zip(counts, expected)]
         # A sample may have pointed beside the mark; then that rank starts again without one. What is larger than
@@ -72,30 +80,33 @@ def _count(
     windows: list[tuple[int, int]],
     share: int,
     bins: int,
-    integer: torch.dtype,
+    dtype: torch.dtype,
     rows: Sequence[int],
-    values: Callable[[Tensor, Seen], Tensor] | None,
+    values: Values | None,
     of_nonzero: bool,
+    ulps: int,
 ) -> Pass:
     """Counts per rank: bins of its window, then how many lie above it, then how many were seen (and not zero)."""
+    integer = torch.int64 if dtype == torch.float64 else torch.int32
+    floor = torch.tensor([low for low, _ in windows], dtype=integer).view(dtype).tolist()
+    least = [min(f for f, row in zip(floor, rows) if row == k) for k in range(max(rows, default=-1) + 1)]
 
     def add(block_KN: Tensor, total: Tensor, seen: Seen) -> None:
-        if values is not None:
-            block_KN = values(block_KN, seen)
+        rows_here = block_KN if values is None else values(block_KN, seen, least)
         bits_of: dict[int, Tensor] = {}
         for i, (low, high) in enumerate(windows):
-            if high - low <= 1:
+            if high - low <= ulps:
                 continue  # this number is already known
             k = rows[i]
             if k not in bits_of:
-                bits_of[k] = block_KN[k].abs().view(integer)
+                bits_of[k] = rows_here[k].abs().view(integer)
             shift = _shift((low, high), bins)
             if bits_of[k].is_cpu:
-                bits = bits_of[k].numpy()
+                bits, row = bits_of[k].numpy(), total[i].numpy()
                 # numpy compares and compresses fast, torch counts fast.
                 beyond = bits >= high
                 inside = torch.from_numpy(np.compress((bits >= low) ^ beyond, bits))
-                total[i, bins] += np.count_nonzero(beyond)
+                row[bins] += np.count_nonzero(beyond)
             else:
                 bits = bits_of[k]
                 inside = bits[(bits >= low) & (bits < high)]
@@ -105,7 +116,7 @@ def _count(
                 total[i, :bins] += torch.bincount(slots, minlength=bins).to(total.device)
             else:
                 total[i].index_add_(0, slots, torch.ones_like(slots, dtype=torch.int64))
-            total[i, bins + 1] += _nonzero(bits_of[k]) if of_nonzero else bits_of[k].numel()
+            total[i, bins + 1] += _nonzero(bits_of[k]) if of_nonzero else block_KN[0].numel()
 
     return Pass(torch.zeros(len(windows), bins + 2, dtype=torch.int64), add, share)
 

@@ -29,7 +29,7 @@ def measure(count: int, numel: int, dtype: torch.dtype, *, density: float) -> Me
         least = math.inf
     elif density < 1:
         (least,) = yield from kth_largest_magnitude(
-            [density], numel, dtype, of_nonzero=True, values=lambda block_KN, seen: _variance(block_KN)[None]
+            [density], numel, dtype, of_nonzero=True, values=lambda block_KN, seen, least: [_variance(block_KN)]
         )
 
     def add(block_KN: Tensor, total: Tensor, seen: Seen) -> None:
