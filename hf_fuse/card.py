@@ -68,7 +68,8 @@ def merge_card(info: dict) -> str:
     parents = info.get("parents") or []
     license_id, license_note = agreed_license(parents)
     if license_note:
-        logger.warning("%s", license_note)
+        disagree = any(parent.get("license") for parent in parents)
+        logger.log(logging.WARNING if disagree else logging.INFO, "%s", license_note)
     auto_class, pipeline_tag = _task(info.get("architecture"))
 
     metadata: dict[str, Any] = {}

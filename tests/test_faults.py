@@ -680,19 +680,14 @@ def _full(case: Case, owner: Any, name: str, code: int, calls_before: int = 0) -
     case.patch.setattr(owner, name, fail)
 
 
-@fault(OutputError, "merged: the disk is full", "bytes wanted", "nothing was changed")
-def disk_full_when_space_is_reserved(case: Case) -> None:
-    _full(case, os, "posix_fallocate", errno.ENOSPC)
-
-
-@fault(OutputError, "merged", "cannot be written", "quota")
-def quota_exceeded_when_space_is_reserved(case: Case) -> None:
-    _full(case, os, "posix_fallocate", errno.EDQUOT)
-
-
 @fault(OutputError, "model.safetensors: cannot be written (No space left on device)", "old output, if any, is intact")
 def disk_full_while_tensors_are_written(case: Case) -> None:
     _full(case, os, "pwrite", errno.ENOSPC, calls_before=6)  # the first is the lock's
+
+
+@fault(OutputError, "model.safetensors: cannot be written", "quota", "old output, if any, is intact")
+def quota_exceeded_while_tensors_are_written(case: Case) -> None:
+    _full(case, os, "pwrite", errno.EDQUOT, calls_before=6)
 
 
 @fault(OutputError, "merged", "cannot be written", "No space left on device")

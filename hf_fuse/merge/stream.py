@@ -7,6 +7,7 @@ a tensor or over the whole model, is measured here too.
 from __future__ import annotations
 
 import inspect
+import zlib
 from collections.abc import Callable, Generator, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -143,9 +144,17 @@ class Merger:
             total = self._add_blocks(wanted, unit, 0, unit.numel, wanted.total.clone(), buffers)
 
     def _add_blocks(self, wanted: Pass, unit: Unit, first: int, last: int, total: Tensor, buffers: Buffers) -> Tensor:
-        for start, stop in self.blocks(first, last, self._step(unit, BLOCK)):
+        step = self._step(unit, BLOCK)
+        # A sample is the first part of every few blocks: fewer and larger pieces cost less than many small ones. The
+        # tensor's name shifts the choice, so that small tensors are not all in or all out.
+        every = 1 << ((wanted.share.bit_length() - 1) // 2)
+        part = self._step(unit, BLOCK // (wanted.share // every))
+        shift = zlib.crc32(unit.name.encode())
+        for start, stop in self.blocks(first, last, step):
             if wanted.share > 1:
-                stop = min(stop, start + self._step(unit, BLOCK // wanted.share))
+                if (start // step + shift) % every:
+                    continue
+                stop = min(stop, start + part)
             block, base = self.block(unit, start, stop, buffers)
             block, base = self._shaped(unit, block, base)
             random, place = TensorRandom(self.seed, unit.name, start), Place(unit.name, unit.shape, start)
