@@ -53,13 +53,16 @@ def scatter(
     figure = _figure(9, 6.5)
     axes = figure.subplots()
     groups = list(dict.fromkeys((families or {}).get(name, "") for name in points))
-    for name, (x, y) in points.items():
-        group = groups.index((families or {}).get(name, ""))
-        colour, marker = FAMILY_COLOURS[(group + 2) % len(FAMILY_COLOURS)], MARKERS[group % len(MARKERS)]
-        if spread and spread.get(name):
-            axes.errorbar(x, y, yerr=spread[name], color=colour, linewidth=1, alpha=0.6, zorder=2)
-        ring = {"edgecolors": INK, "linewidths": 2.0, "s": 90} if name == best else {"linewidths": 0, "s": 45}
-        axes.scatter([x], [y], color=colour, marker=marker, zorder=3, **ring)
+    for number, group in enumerate(groups):
+        members = {name: point for name, point in points.items() if (families or {}).get(name, "") == group}
+        colour, marker = FAMILY_COLOURS[(number + 2) % len(FAMILY_COLOURS)], MARKERS[number % len(MARKERS)]
+        bars = [(spread or {}).get(name, 0.0) for name in members]
+        if any(bars):
+            axes.errorbar(*zip(*members.values()), yerr=bars, fmt="none", color=colour, linewidth=1, alpha=0.6)
+        axes.scatter(*zip(*members.values()), color=colour, marker=marker, linewidths=0, s=45, zorder=3)
+        if best in members:
+            x, y = members[best]
+            axes.scatter([x], [y], color=colour, marker=marker, edgecolors=INK, linewidths=2.0, s=90, zorder=3)
     _scaled(axes, [x for x, _ in points.values()])
     _dressed(axes, title, xlabel, ylabel)
     if len(groups) > 1:
