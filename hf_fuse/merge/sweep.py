@@ -14,10 +14,12 @@ A sweep file is a recipe with a section more::
 from __future__ import annotations
 
 import json
+import logging
 import shutil
 import sys
 import time
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -194,7 +196,7 @@ def sweep(
         fixed = {key: value for key, value in (overrides or {}).items() if key != "output"}
         return make_plan(data, overrides=fixed | parameters, output=place, allow_pickle=allow_pickle, **options)
 
-    first = None
+    first, notes = None, {}
     for parameters in probes(settings):
         try:
             made = planned(parameters, folder, overwrite=overwrite)
@@ -202,6 +204,9 @@ def sweep(
             tried = ", ".join(f"{key}: {value}" for key, value in parameters.items())
             raise RecipeError(f"{error} (sweep with {tried})") from None
         first = first or made.recipe
+        notes |= dict.fromkeys(made.warnings)
+    for note in notes:
+        print(f"note: {note}", file=sys.stderr)
     score = Scorer(settings.metric, settings.second, first, device=device)
 
     with exclusive_output(folder, overwrite=overwrite) as partial:
@@ -294,6 +299,23 @@ def _write(path: Path, text: str) -> None:
         raise OutputError(f"{path}: cannot be written ({error.strerror}). The merged model is complete.") from None
 
 
+@contextmanager
+def _said_once() -> Iterator[None]:
+    """Every merge warns of the same missing licences: once is enough."""
+    logger, seen = logging.getLogger("hf_fuse.card"), set()
+
+    def fresh(record: logging.LogRecord) -> bool:
+        known = record.getMessage() in seen
+        seen.add(record.getMessage())
+        return not known
+
+    logger.addFilter(fresh)
+    try:
+        yield
+    finally:
+        logger.removeFilter(fresh)
+
+
 @dataclass
 class _Runs:
     """The trials of one sweep, as they happen."""
@@ -311,7 +333,7 @@ class _Runs:
     def run(self) -> None:
         search = asked(self.settings)
         parameters = next(search)
-        with suppress(StopIteration):
+        with _said_once(), suppress(StopIteration):
             while True:
                 trial = Trial(len(self.trials) + 1, parameters)
                 self.trials.append(trial)
