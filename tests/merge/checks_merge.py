@@ -27,6 +27,7 @@ EXEMPT = {
         "dare_linear": "adds up, and drops at random",
         "dare_ties": "adds up, and drops at random",
         "della": "drops at random",
+        "pcb": "keeps the most important elements only",
         "consensus": "adds the task vectors up",
         "sce": "merges where models differ only, below density 1",
         "della_linear": "adds up, and drops at random",

@@ -75,5 +75,8 @@ def test_rows_without_what_is_too_small_and_inexact_ends(monkeypatch):
     exact = [float(tensor[k].abs().topk(rank).values.min()) for k, rank in enumerate((600, 5000))]
     assert find(tensor, [600, 5000], values=values) == exact
     assert min(lengths) < 0.03
+    most: list[float] = []
+    assert find(tensor, [600, 5000], values=values, largest=most) == exact
+    assert most == tensor.abs().amax(1).tolist()
     near = find(tensor, [600, 5000], values=values, ulps=8)
     assert near == pytest.approx(exact, rel=8 * 2**-23) and all(a <= b for a, b in zip(near, exact))

@@ -38,20 +38,21 @@ class Seen:
     base: Tensor | None = None
 
 
-class Largest:
-    """A total that takes the larger instead of adding, exact in any order. ``values`` start at zero."""
+class Counted:
+    """A total of integers to add up and numbers of which the larger is taken. Exact in any order, like integers."""
 
-    def __init__(self, values: Tensor):
-        self.values = values
+    def __init__(self, counts: Tensor, largest: Tensor):
+        self.counts, self.largest = counts, largest
 
-    def clone(self) -> Largest:
-        return Largest(self.values.clone())
+    def clone(self) -> Counted:
+        return Counted(self.counts.clone(), self.largest.clone())
 
     def is_floating_point(self) -> bool:
-        return False  # as far as the order of adding matters
+        return False
 
-    def __iadd__(self, other: Largest) -> Largest:
-        self.values = self.values.maximum(other.values)
+    def __iadd__(self, other: Counted) -> Counted:
+        self.counts += other.counts
+        self.largest = self.largest.maximum(other.largest)
         return self
 
 
@@ -62,6 +63,6 @@ class Pass:
     With ``share > 1``, a power of two, about 1/share of the elements is read: the first part of every few blocks.
     """
 
-    total: Tensor | Largest
+    total: Tensor | Counted
     add: Callable[[Tensor, Any, Seen], None]
     share: int = 1

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from hf_fuse.merge.methods._passes import Measurement, Pass, Seen
+from hf_fuse.merge.methods._passes import Counted, Measurement, Pass, Seen
 
 # (block_KN, seen, least) -> M rows to rank, made elementwise. Numbers below ``least[m]`` may be left out of row m
 # (but not if what is not zero is to be counted).
@@ -35,6 +35,7 @@ def kth_largest_magnitude(
     rows: Sequence[int] | None = None,
     values: Values | None = None,
     ulps: int = 1,
+    largest: list[float] | None = None,
 ) -> Measurement:
     """The ``ranks[i]``-th largest |delta| (1 = largest) of model ``rows[i]`` among ``numel`` elements, as floats.
 
@@ -45,6 +46,7 @@ def kth_largest_magnitude(
         rows: which row of a block each rank is asked of; by default one rank per model.
         values: what to rank instead of the block itself, see :data:`Values`.
         ulps: how many neighbouring floats may be taken for one; the lowest of them is returned.
+        largest: a list to be filled with the largest magnitude of each row.
     """
     rows = range(len(ranks)) if rows is None else rows
     integer = torch.int64 if dtype == torch.float64 else torch.int32
@@ -54,13 +56,16 @@ def kth_largest_magnitude(
     bins = min(max(1 << max(numel.bit_length() - 3, 0), LEAST_BINS), MOST_BINS)
     expected = [float(r) if of_nonzero else r / max(numel, 1) for r in ranks]
     for share in shares:
-        counts = yield _count(windows, share, SAMPLED_BINS, dtype, rows, values, of_nonzero, ulps)
-        windows = [_guess(c, w, e) for c, w, e in zip(counts, windows, expected)]
+        counts = yield _count(windows, share, SAMPLED_BINS, dtype, rows, values, of_nonzero, ulps, largest is not None)
+        windows = [_guess(c, w, e) for c, w, e in zip(counts.counts, windows, expected)]
     ranks = list(ranks)
     while any(high - low > ulps for low, high in windows):
         # No more bins than numbers: bf16 models differ by few distinct ones, and every bin is written for every block.
         fitting = min(bins, 1 << max(1, *((high - low - 1).bit_length() for low, high in windows)))
-        counts = yield _count(windows, 1, fitting, dtype, rows, values, of_nonzero, ulps)
+        counts = yield _count(windows, 1, fitting, dtype, rows, values, of_nonzero, ulps, largest is not None)
+        counts, most = counts.counts, counts.largest
+        if largest is not None:
+            largest[:] = most.tolist()
         if of_nonzero:
             ranks = [int(e * int(c[-1])) for c, e in zip(counts, expected)]
         # A sample may have pointed beside the mark; then that rank starts again without one. What is larger than
@@ -85,24 +90,29 @@ def _count(
     values: Values | None,
     of_nonzero: bool,
     ulps: int,
+    wants_largest: bool,
 ) -> Pass:
     """Counts per rank: bins of its window, then how many lie above it, then how many were seen (and not zero)."""
     integer = torch.int64 if dtype == torch.float64 else torch.int32
     floor = torch.tensor([low for low, _ in windows], dtype=integer).view(dtype).tolist()
     least = [min(f for f, row in zip(floor, rows) if row == k) for k in range(max(rows, default=-1) + 1)]
 
-    def add(block_KN: Tensor, total: Tensor, seen: Seen) -> None:
+    def add(block_KN: Tensor, total: Counted, seen: Seen) -> None:
         rows_here = block_KN if values is None else values(block_KN, seen, least)
+        counts = total.counts
         bits_of: dict[int, Tensor] = {}
         for i, (low, high) in enumerate(windows):
             if high - low <= ulps:
                 continue  # this number is already known
             k = rows[i]
             if k not in bits_of:
-                bits_of[k] = rows_here[k].abs().view(integer)
+                magnitude_N = rows_here[k].abs()
+                bits_of[k] = magnitude_N.view(integer)
+                if wants_largest and magnitude_N.numel():
+                    total.largest[k] = max(float(total.largest[k]), float(magnitude_N.max()))
             shift = _shift((low, high), bins)
             if bits_of[k].is_cpu:
-                bits, row = bits_of[k].numpy(), total[i].numpy()
+                bits, row = bits_of[k].numpy(), counts[i].numpy()
                 # numpy compares and compresses fast, torch counts fast.
                 beyond = bits >= high
                 inside = torch.from_numpy(np.compress((bits >= low) ^ beyond, bits))
@@ -110,15 +120,16 @@ def _count(
             else:
                 bits = bits_of[k]
                 inside = bits[(bits >= low) & (bits < high)]
-                total[i, bins] += int((bits >= high).sum())
+                counts[i, bins] += int((bits >= high).sum())
             slots = inside.sub_(low).bitwise_right_shift_(shift)
             if slots.numel() * 8 > bins or not slots.is_cpu:
-                total[i, :bins] += torch.bincount(slots, minlength=bins).to(total.device)
+                counts[i, :bins] += torch.bincount(slots, minlength=bins).cpu()
             else:
-                total[i].index_add_(0, slots, torch.ones_like(slots, dtype=torch.int64))
-            total[i, bins + 1] += _nonzero(bits_of[k]) if of_nonzero else block_KN[0].numel()
+                counts[i].index_add_(0, slots, torch.ones_like(slots, dtype=torch.int64))
+            counts[i, bins + 1] += _nonzero(bits_of[k]) if of_nonzero else block_KN[0].numel()
 
-    return Pass(torch.zeros(len(windows), bins + 2, dtype=torch.int64), add, share)
+    empty = torch.zeros(len(windows), bins + 2, dtype=torch.int64)
+    return Pass(Counted(empty, torch.zeros(len(least), dtype=torch.float64)), add, share)
 
 
 def _nonzero(bits: Tensor) -> int:
