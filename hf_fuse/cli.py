@@ -15,11 +15,11 @@ from hf_fuse.errors import FuseError, RecipeError
 app = typer.Typer(
     name="hf-fuse",
     help="Make one model out of many.\n\nExample: hf-fuse merge recipe.yaml --output merged",
-    no_args_is_help=True,
     pretty_exceptions_enable=False,
     add_completion=False,
     rich_markup_mode=None,
 )
+INTERRUPTED = 130  # exit status of what Ctrl-C ended
 EXTRA = {"allow_extra_args": True, "ignore_unknown_options": True}
 
 RecipeFile = Annotated[Path, typer.Argument(help="A recipe in YAML, ours or mergekit's.", show_default=False)]
@@ -35,11 +35,13 @@ Verify = Annotated[bool, typer.Option("--verify", help="Compare Hub inputs with 
 def main() -> None:
     """Entry point of ``hf-fuse`` and ``python -m hf_fuse``. An expected failure is one line and exit status 1."""
     debug = "--debug" in sys.argv
-    arguments = [argument for argument in sys.argv[1:] if argument != "--debug"]
+    arguments = [argument for argument in sys.argv[1:] if argument != "--debug"] or ["--help"]
     # Ended by a scheduler or a launcher, a merge cleans up as after Ctrl-C.
     signal.signal(signal.SIGTERM, _terminate)
     try:
-        app(arguments, standalone_mode=False)
+        status = app(arguments, standalone_mode=False)
+        if status:  # typer turns Ctrl-C into a status that it only returns
+            raise KeyboardInterrupt if status == INTERRUPTED else SystemExit(status)
     except FuseError as error:
         if getattr(error, "said_by_lead", False) and not debug:
             raise SystemExit(1) from None
@@ -47,7 +49,7 @@ def main() -> None:
     except typer.Abort:
         _fail("stopped", debug)
     except KeyboardInterrupt:
-        _fail("stopped; no output was left behind", debug, status=130)
+        _fail("stopped; no output was left behind", debug, status=INTERRUPTED)
     except BrokenPipeError:
         raise SystemExit(0) from None
     except Exception as error:
