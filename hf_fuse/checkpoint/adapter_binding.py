@@ -151,7 +151,7 @@ class Binding:
             )
         # A resized model with tied ends is saved with both ends; the base stores one.
         for name in [n for n in replaced if n not in self.base.tensors]:
-            if any(_same_tensor(twin, replaced[name]) for n, twin in replaced.items() if n in self.base.tensors):
+            if any(same_tensor(twin, replaced[name]) for n, twin in replaced.items() if n in self.base.tensors):
                 del replaced[name]
         return replaced
 
@@ -343,7 +343,8 @@ def _same_model(ours: str, theirs: str) -> bool:
     return not ours or not theirs or {*ours.split("."), *theirs.split(".")} - {""} <= WRAPPERS
 
 
-def _same_tensor(one: TensorInfo, other: TensorInfo) -> bool:
+def same_tensor(one: TensorInfo, other: TensorInfo) -> bool:
+    """Whether two stored tensors are equal in type, shape and every byte."""
     if (one.dtype, one.shape) != (other.dtype, other.shape):
         return False
     pool, width = FilePool(), one.nbytes // max(one.numel, 1)

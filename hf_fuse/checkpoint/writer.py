@@ -52,10 +52,10 @@ def _nbytes(dtype: str, shape: tuple[int, ...]) -> int:
     return count
 
 
-def lay_out(tensors: Iterable[tuple[str, str, tuple[int, ...]]], max_shard_bytes: int) -> Layout:
+def lay_out(tensors: Iterable[tuple[str, str, tuple[int, ...]]], max_shard_bytes: int, stem: str = "model") -> Layout:
     """Plans files for ``(name, dtype code, shape)`` in order; a shard is closed before it would exceed the limit.
 
-    One shard is called ``model.safetensors``; several get the standard names and an index. A tensor larger than the
+    One shard is called ``<stem>.safetensors``; several get the standard names and an index. A tensor larger than the
     limit has a shard of its own.
     """
     shards: list[list[tuple[str, str, tuple[int, ...]]]] = [[]]
@@ -72,7 +72,7 @@ def lay_out(tensors: Iterable[tuple[str, str, tuple[int, ...]]], max_shard_bytes
     layout, weight_map = Layout(), {}
     for number, shard in enumerate(shards, 1):
         single = len(shards) == 1
-        file = "model.safetensors" if single else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+        file = f"{stem}.safetensors" if single else f"{stem}-{number:05d}-of-{len(shards):05d}.safetensors"
         header: dict = {"__metadata__": {"format": "pt"}}
         position = 0
         # Wide dtypes first: the format's own writer does so to keep every tensor aligned to its element size.

@@ -225,6 +225,15 @@ class Merger:
         if unit.action == COPY:
             self._copy(unit, first, last, sink, buffers)
             return
+        for start, merged, base in self.computed(unit, first, last, buffers):
+            if base is not None:
+                merged.add_(base)
+            self._emit(unit, start, merged, sink, buffers)
+
+    def computed(
+        self, unit: Unit, first: int, last: int, buffers: Buffers
+    ) -> Iterator[tuple[int, Tensor, Tensor | None]]:
+        """``(first element, merged block, base)``: what the method makes of ``[first, last)``, and the base to add."""
         options = dict(unit.options)
         scope = self.scope(unit)
         if "state" in self._arguments and unit.action == MERGE:
@@ -243,9 +252,7 @@ class Merger:
                 if "base" in self._arguments:
                     options["base"] = shaped_base
                 merged = self.method.function(shaped, **options).reshape(-1)
-            if base is not None:
-                merged.add_(base)
-            self._emit(unit, start, merged, sink, buffers)
+            yield start, merged, base
 
     def _emit(self, unit: Unit, start: int, merged: Tensor, sink: Sink, buffers: Buffers) -> None:
         dtype = getattr(torch, TORCH_NAMES[unit.dtype])
