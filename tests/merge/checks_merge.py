@@ -12,11 +12,19 @@ from hf_fuse import merge_state_dicts, registry
 from hf_fuse.merge.units import takes_base
 
 # Parameters that make a check meaningful where defaults would not.
-PARAMETERS: dict[str, dict] = {"slerp": {"t": 0.3}, "passthrough": {"scale": 0.75}, "wise_ft": {"alpha": 0.75}}
+PARAMETERS: dict[str, dict] = {
+    "slerp": {"t": 0.3},
+    "passthrough": {"scale": 0.75},
+    "wise_ft": {"alpha": 0.75},
+    "nearswap": {"t": 0.03},
+}
 
 EXEMPT = {
     "order": {
         "slerp": "t counts from the first model",
+    },
+    "scale": {
+        "nearswap": "t is a step in the unit of the weights",
     },
     "idempotent": {
         "task_arithmetic": "adds the task vectors up",
@@ -31,6 +39,7 @@ EXEMPT = {
         "consensus": "adds the task vectors up",
         "sce": "merges where models differ only, below density 1",
         "della_linear": "adds up, and drops at random",
+        "nearswap": "steps no further than t",
         "passthrough": "scales here",
         "wise_ft": "stops short of the fine-tuned model by intent",
     },

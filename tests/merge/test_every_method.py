@@ -136,9 +136,13 @@ def test_scale_of_the_task_vectors_does_not_matter(name, scale):
     deltas = [{key: model[key] - base[key] for key in model} for model in models]
     scaled = [{key: t * scale if t.is_floating_point() else t for key, t in delta.items()} for delta in deltas]
     merged, other = run(name, zero, deltas), run(name, zero, scaled)
-    for key in merged:
-        if merged[key].is_floating_point():
-            torch.testing.assert_close(merged[key] * scale, other[key], rtol=1e-6, atol=0.0)
+
+    def claim() -> None:
+        for key in merged:
+            if merged[key].is_floating_point():
+                torch.testing.assert_close(merged[key] * scale, other[key], rtol=1e-6, atol=0.0)
+
+    holds("scale", name, claim)
 
 
 @every_method

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 
 import torch
@@ -17,12 +18,19 @@ def gram(count: int) -> Measurement:
 
 def energies(rows: Iterable[Tensor]) -> Tensor:
     """Sum of squares of each row, ``fp64 [K]``."""
-    found = []
-    for row in rows:
-        row = row.reshape(-1)
-        square = torch.dot(row, row).item()
-        found.append(square if _in_range(square) or row.dtype != torch.float32 else row.double().square().sum().item())
-    return torch.tensor(found, dtype=torch.float64)
+    return torch.tensor([_energy(row.reshape(-1)) for row in rows], dtype=torch.float64)
+
+
+def _energy(row_N: Tensor) -> float:
+    square = torch.dot(row_N, row_N).item()
+    if _in_range(square) or row_N.dtype != torch.float32:
+        return square
+    peak = float(row_N.abs().max()) if row_N.numel() else 0.0
+    if not 0 < peak < math.inf:
+        return square
+    scale = 2.0 ** -math.frexp(peak)[1]  # a power of two: the result is that of any other unit, bit for bit
+    row_N = row_N * scale if abs(math.log2(scale)) < 126 else row_N.double() * scale
+    return torch.dot(row_N, row_N).item() / scale / scale
 
 
 def add_energies(block_KN: Tensor, total: Tensor, seen: object = None) -> None:
