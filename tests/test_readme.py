@@ -65,6 +65,8 @@ def test_commands_and_python_in_their_order(folder, monkeypatch):
 def test_recipes_run_or_are_at_least_valid(folder, monkeypatch, tmp_path):
     monkeypatch.chdir(folder)
     for number, block in enumerate(blocks("yaml")):
+        if "\nsweep:" in block:
+            continue  # not a recipe by itself; its command runs above
         (tmp_path / f"{number}.yaml").write_text(block)
         recipe = load_recipe(tmp_path / f"{number}.yaml")
         if "org/" not in block:
