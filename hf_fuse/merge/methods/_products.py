@@ -22,7 +22,7 @@ def energies(rows: Iterable[Tensor]) -> Tensor:
 
 
 def _energy(row_N: Tensor) -> float:
-    square = torch.dot(row_N, row_N).item()
+    square = row_N.square().sum().item()  # in an order that does not depend on memory addresses, as dot's does
     if _in_range(square) or row_N.dtype != torch.float32:
         return square
     peak = float(row_N.abs().max()) if row_N.numel() else 0.0
@@ -30,7 +30,7 @@ def _energy(row_N: Tensor) -> float:
         return square
     scale = 2.0 ** -math.frexp(peak)[1]  # a power of two: the result is that of any other unit, bit for bit
     row_N = row_N * scale if abs(math.log2(scale)) < 126 else row_N.double() * scale
-    return torch.dot(row_N, row_N).item() / scale / scale
+    return row_N.square().sum().item() / scale / scale
 
 
 def add_energies(block_KN: Tensor, total: Tensor, seen: object = None) -> None:
