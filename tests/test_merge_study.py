@@ -73,7 +73,7 @@ def test_grids_name_only_what_methods_have(study: ModuleType) -> None:
         for parameters in study.grid(method, None):
             for key, value in parameters.items():
                 method.option(key, name).check(value, name)
-    assert len(study.grid(registry.get("merge", "ties"), None)) == 18
+    assert len(study.grid(registry.get("merge", "ties"), None)) == 16
     assert study.grid(registry.get("merge", "linear"), None) == []
 
 
