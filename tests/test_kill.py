@@ -6,6 +6,7 @@ that changes the file system, so that every gap between two steps is met.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
@@ -38,7 +39,7 @@ class Steps:
     # Counts what changes the file system below a folder, and kills the process before number `last`.
     def __init__(self, folder, last, log):
         self.folder, self.last, self.log, self.count = folder, last, log, 0
-        for name in ("pwrite", "fsync", "posix_fallocate"):
+        for name in ("pwrite", "fsync"):
             setattr(os, name, self.stepping(name, getattr(os, name)))
         writer._exchange = self.stepping("exchange", writer._exchange)
         sys.addaudithook(self.seen)
@@ -107,7 +108,8 @@ class Runner:
     ) -> int:
         """Process id of a new run."""
         job = {
-            "arguments": ["merge", str(recipe), "--output", str(self.output), *(["--overwrite"] if overwrite else [])],
+            "arguments": ["merge", str(recipe), "--output", str(self.output), *(["--overwrite"] if overwrite else []),
+                          *(["--workers", "1"] if last_step is not None or step_log else [])],
             "errors": str(self.errors), "folder": str(self.folder), "last_step": last_step,
             "step_log": str(step_log or ""), "no_exchange": no_exchange,
         }  # fmt: skip
@@ -205,7 +207,8 @@ def test_killed_at_ten_moments(runner: Runner, tmp_path: Path, over_old: bool) -
         prepare()
         pid = runner.start(recipe)
         time.sleep(min(durations) * (moment + 0.5) / 10)
-        os.kill(pid, signal.SIGKILL)
+        with contextlib.suppress(ProcessLookupError):  # faster this time
+            os.kill(pid, signal.SIGKILL)
         killed += runner.wait() == -signal.SIGKILL
         check_after_kill(runner, old, new, recipe, over_old)
     assert killed >= 5
@@ -227,7 +230,7 @@ def test_killed_before_every_step(runner: Runner, tmp_path: Path, mode: str) -> 
     log = tmp_path / "steps.txt"
     assert runner.run(recipe, step_log=log, no_exchange=no_exchange) == 0
     steps = log.read_text().split()
-    assert {"os.mkdir", "posix_fallocate", "pwrite", "open", "fsync", "os.remove"} <= set(steps)
+    assert {"os.mkdir", "pwrite", "open", "fsync", "os.remove"} <= set(steps)
     assert steps.count("os.rename") == {"new": 1, "over_old": 0, "over_old_in_two_renames": 2}[mode]
     between, results = 0, []
     for step in range(len(steps)):
@@ -263,7 +266,7 @@ def test_leftovers_are_cleared_without_overwrite(runner: Runner, tmp_path: Path)
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_polite_end_cleans_up_at_once(runner: Runner, tmp_path: Path, number: signal.Signals) -> None:
-    family = llama_family(tmp_path / "models", width=128, vocabulary=3000, layers=3, models=2)
+    family = llama_family(tmp_path / "models", width=160, vocabulary=8000, layers=4, models=2)
     _, recipe = recipes(tmp_path, family)
     runner.clear()
     pid = runner.start(recipe)
