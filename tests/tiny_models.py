@@ -101,14 +101,15 @@ def load_weights(folder: Path) -> dict[str, Tensor]:
     return {name: value for path in sorted(folder.glob("*.safetensors")) for name, value in load_file(path).items()}
 
 
-def save_tokenizer(folder: Path, words: list[str] = WORDS) -> None:
-    """A word-level tokenizer; ids follow the order of ``words``."""
+def save_tokenizer(folder: Path, words: list[str] = WORDS, added: list[str] | None = None) -> None:
+    """A word-level tokenizer; ids follow the order of ``words``, then of ``added`` tokens."""
     from tokenizers import Tokenizer, models, pre_tokenizers
 
     vocab = {token: number for number, token in enumerate([*SPECIAL, *words])}
     tokenizer = Tokenizer(models.WordLevel(vocab, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
     tokenizer.add_special_tokens(SPECIAL)
+    tokenizer.add_tokens(added or [])
     tokenizer.save(str(folder / "tokenizer.json"))
     config = {"tokenizer_class": "PreTrainedTokenizerFast", "unk_token": "<unk>", "bos_token": "<s>",
               "eos_token": "</s>", "pad_token": "<pad>"}  # fmt: skip
