@@ -125,3 +125,22 @@ def test_fp64():
     assert (merged != 0).sum() == 1000 and merged[merged != 0].abs().min() == models[0]["w"].abs().topk(
         1000
     ).values.min()
+
+
+def test_few_distinct_values_are_found_by_samples_and_checked(monkeypatch):
+    """Differences of bf16 models: one pass checks the guess and holds the vote. A wrong guess is replaced."""
+    monkeypatch.setattr(_threshold, "SAMPLE_ABOVE", 100_000)
+    generator = torch.Generator().manual_seed(0)
+    base = {"w": torch.zeros(900_000)}
+    models = [{"w": torch.randint(-4, 5, (900_000,), generator=generator) / 8} for _ in range(3)]
+    found = merge_state_dicts(models, "ties", base=base, parameters={"density": 0.3})["w"]
+    assert (found - reference(base, models, 0.3)).abs().max() < 1e-6
+    from hf_fuse.merge.methods import ties as module
+
+    def wrong(*arguments):
+        return [0.125] * 3
+        yield
+
+    monkeypatch.setattr(module, "guess_kth_largest_magnitude", wrong)
+    again = merge_state_dicts(models, "ties", base=base, parameters={"density": 0.3})["w"]
+    assert torch.equal(again, found)

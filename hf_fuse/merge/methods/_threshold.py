@@ -77,6 +77,34 @@ def kth_largest_magnitude(
     return [float(value) if rank <= numel else 0.0 for value, rank in zip(bits.view(dtype), ranks)]
 
 
+def guess_kth_largest_magnitude(ranks: Sequence[int], numel: int, dtype: torch.dtype) -> Measurement:
+    """Guesses what :func:`kth_largest_magnitude` would find from samples alone, or None if they don't say.
+
+    Differences of bf16 models take few distinct values, so the one at a rank shows already in a sample. Whether a guess
+    is right, :func:`count_from` tells within any pass over the whole model.
+    """
+    if numel <= SAMPLE_ABOVE:
+        return None
+    integer = torch.int64 if dtype == torch.float64 else torch.int32
+    top = int(torch.tensor(float("inf"), dtype=dtype).view(integer)) + 1
+    windows = [(0, 1) if rank > numel else (0, top) for rank in ranks]
+    for share in (*SHARES, SHARES[-1]):
+        counts = (yield _count(windows, share, SAMPLED_BINS, dtype, range(len(ranks)), None, False, 1, False)).counts
+        windows = [_guess(c, w, rank / numel) for c, w, rank in zip(counts, windows, ranks)]
+    if any(high - low > 1 for low, high in windows):
+        return None
+    return torch.tensor([low for low, _ in windows], dtype=integer).view(dtype).tolist()
+
+
+def count_from(magnitude_N: Tensor, value: float) -> tuple[int, int]:
+    """How many magnitudes are larger than ``value``, and how many equal it."""
+    if not magnitude_N.is_cpu:
+        return int((magnitude_N > value).sum()), int((magnitude_N == value).sum())
+    numbers = magnitude_N.numpy()
+    exact = numbers.dtype.type(value)
+    return int(np.count_nonzero(numbers > exact)), int(np.count_nonzero(numbers == exact))
+
+
 def _shift(window: tuple[int, int], bins: int) -> int:
     return max(0, (window[1] - window[0] - 1).bit_length() - (bins.bit_length() - 1))
 

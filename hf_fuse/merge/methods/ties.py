@@ -11,13 +11,13 @@ from torch import Tensor
 
 from hf_fuse.merge.methods._election import NEGATIVE, POSITIVE, combine_agreeing, sign_balance
 from hf_fuse.merge.methods._passes import Measurement, Pass, Seen
-from hf_fuse.merge.methods._threshold import kth_largest_magnitude
+from hf_fuse.merge.methods._threshold import count_from, guess_kth_largest_magnitude, kth_largest_magnitude
 from hf_fuse.merge.methods._trim import trimmed
 from hf_fuse.registry import Between, PerModel
 
 PAPER = "https://arxiv.org/abs/2306.01708"
 SCALARS = "mean"
-PASSES = 4  # two samples and a full pass for the thresholds count as two, then the vote, then the merge
+PASSES = 4  # at most: thresholds from samples and a full pass, the vote, the merge; less where the samples suffice
 
 
 def measure(
@@ -33,16 +33,38 @@ def measure(
     # The authors' code keeps one element more than the density says; `exact` keeps the number, at least one.
     ranks = [int(numel * d) + 1 if trim == "paper" else max(1, int(numel * d)) for d in density]
     ranks = [numel + 1 if d >= 1 else rank for d, rank in zip(density, ranks)]
-    thresholds = yield from kth_largest_magnitude(ranks, numel, dtype)
-    thresholds = [threshold if d > 0 else math.inf for d, threshold in zip(density, thresholds)]
+    guess = yield from guess_kth_largest_magnitude(ranks, numel, dtype)
+    if guess is not None:  # check it, and hold the vote by it, in one pass
+        counts = yield _vote(_with_nothing(guess, density), check=True)
+        if all(rank > numel or above < rank <= above + equal for rank, (above, equal) in zip(ranks, counts[:-1])):
+            return _with_nothing(guess, density), _majority(counts, tie)
+    thresholds = _with_nothing((yield from kth_largest_magnitude(ranks, numel, dtype)), density)
     if tie == "positive":
         return thresholds, POSITIVE
+    return thresholds, _majority((yield _vote(thresholds)), tie)
+
+
+def _with_nothing(thresholds: Sequence[float], density: Sequence[float]) -> list[float]:
+    """Density 0 keeps nothing, whatever the threshold."""
+    return [threshold if d > 0 else math.inf for d, threshold in zip(density, thresholds)]
+
+
+def _vote(thresholds: Sequence[float], *, check: bool = False) -> Pass:
+    """Balance of signs after trimming, in the last row; with ``check`` above it how many elements of each model are
+    larger than its threshold, and how many equal it."""
+    count = len(thresholds)
 
     def add(block_KN: Tensor, total: Tensor, seen: Seen) -> None:
-        total += sign_balance(trimmed(block_KN, thresholds, seen.options["weight"])).cpu()
+        for k in range(count if check else 0):
+            above, equal = count_from(block_KN[k].abs(), thresholds[k])
+            total[k] += torch.tensor([above, equal])
+        total[count, 0] += sign_balance(trimmed(block_KN, thresholds, seen.options["weight"])).cpu()
 
-    balance = yield Pass(torch.zeros((), dtype=torch.int64), add)
-    return thresholds, POSITIVE if balance > 0 else NEGATIVE
+    return Pass(torch.zeros(count + 1, 2, dtype=torch.int64), add)
+
+
+def _majority(counts: Tensor, tie: str) -> float:
+    return POSITIVE if tie == "positive" or counts[-1, 0] > 0 else NEGATIVE
 
 
 def ties(
