@@ -130,8 +130,9 @@ class Merger:
 
     def _measurement(self, unit: Unit, numel: int) -> Generator[Pass, Tensor, Any]:
         measure = self.method.module.measure
+        known = unit.options | {"place": Place(unit.name, unit.shape, 0)}
         wanted = list(inspect.signature(measure).parameters)[3:]
-        return measure(len(unit.inputs), numel, self.dtype, **{name: unit.options[name] for name in wanted})
+        return measure(len(unit.inputs), numel, self.dtype, **{name: known[name] for name in wanted})
 
     def measure_tensor(self, unit: Unit, buffers: Buffers) -> Any:
         """Runs a tensor's own measurement in the calling thread."""

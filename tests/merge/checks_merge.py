@@ -22,9 +22,11 @@ PARAMETERS: dict[str, dict] = {
 EXEMPT = {
     "order": {
         "slerp": "t counts from the first model",
+        "opcm": "adds one model after the other, each beside those before",
     },
     "scale": {
         "nearswap": "t is a step in the unit of the weights",
+        "widen": "the scores of vectors are softmaxes of |tau|",
     },
     "idempotent": {
         "task_arithmetic": "adds the task vectors up",
@@ -40,6 +42,10 @@ EXEMPT = {
         "sce": "merges where models differ only, below density 1",
         "della_linear": "adds up, and drops at random",
         "nearswap": "steps no further than t",
+        "widen": "coefficients do not sum to 1 over models",
+        "iso_c": "adds up and makes all singular values equal",
+        "iso_cts": "makes all singular values equal",
+        "opcm": "matrices yes, but vectors add up and set the common scale",
         "passthrough": "scales here",
         "wise_ft": "stops short of the fine-tuned model by intent",
     },

@@ -12,6 +12,8 @@ A method is elementwise unless its module says ``UNIT`` (or a function ``unit(**
 an index of the first axis, and a vector is one row. It may ask for ``base`` (the base's weights, shaped like one
 model's block) and for ``place`` (a :class:`~hf_fuse.merge.methods._passes.Place`). A module with ``measure(...)`` needs
 numbers from a whole tensor or model first: a generator of :class:`~hf_fuse.merge.methods._passes.Pass` whose return
-value reaches the method as ``state``. ``MODELS = (low, high)`` bounds K; ``SCALARS = "mean"`` has 0-d tensors averaged
-instead.
+value reaches the method as ``state``. A module with ``rescale(...)`` learns the lengths of all task vectors and of the
+merged one when everything is computed, and returns the factor that the whole is multiplied with. ``MODELS = (low,
+high)`` bounds K; ``SCALARS = "mean"`` has 0-d tensors averaged instead; ``DEFAULTS`` holds, in the form of a recipe's
+parameters, defaults that depend on the tensor's name.
 """
