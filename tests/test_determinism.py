@@ -38,7 +38,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
 def family(tmp_path_factory: pytest.TempPathFactory) -> Family:
     """Large enough that the embedding is cut into blocks, small enough to be merged a hundred times."""
     folder = tmp_path_factory.mktemp("determinism")
-    family = llama_family(folder, width=32, vocabulary=4500, layers=2)
+    family = llama_family(folder, width=32, vocabulary=9000, layers=2)
     assert load_weights(family.base)["lm_head.weight"].numel() > BLOCK
     words = llama_family(folder / "words", vocabulary=60, layers=1)
     for number, path in enumerate(words.tuned):  # each has learnt other words

@@ -29,7 +29,7 @@ from hf_fuse.recipe import Recipe, load_recipe
 
 # Elements computed at a time: small enough for a core's cache, large enough that threads seldom wait for the
 # interpreter or a GPU for its next piece.
-CHUNKS = {"cpu": 2 * BLOCK, "cuda": 64 * BLOCK}
+CHUNKS = {"cpu": BLOCK, "cuda": 32 * BLOCK}
 
 
 def _device(name: str) -> torch.device:

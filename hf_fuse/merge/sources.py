@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from hf_fuse.checkpoint.vocabulary import Alignment
 
 # Elements that are measured, drawn and summed together. Fixed: results must not depend on how much is read at a time.
-BLOCK = 1 << 17
+BLOCK = 1 << 18
 
 
 class Buffers:

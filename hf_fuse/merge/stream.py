@@ -26,7 +26,7 @@ from hf_fuse.merge.units import COPY, MEAN, MERGE, Input, Unit
 from hf_fuse.merge.workers import Workers, World, needs_whole_tensor, row_length
 from hf_fuse.registry import Method
 
-SPLIT_ABOVE = 32 * BLOCK  # an elementwise tensor is cut into jobs of this many elements
+SPLIT_ABOVE = 16 * BLOCK  # an elementwise tensor is cut into jobs of this many elements
 
 Sink = Callable[[Unit, int, Tensor], None]  # (unit, first element, uint8 bytes on the CPU)
 
