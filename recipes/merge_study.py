@@ -22,13 +22,15 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from hf_fuse import FuseError, merge_state_dicts, registry
 
 State = dict[str, Tensor]
 
@@ -37,7 +39,7 @@ State = dict[str, Tensor]
 COMMON = {"lambda": (0.05, 0.1, 0.15, 0.25, 0.4, 0.7, 1.0, 1.5), "density": (0.1, 0.4)}
 # Method -> parameter -> values. Named here where a common grid would miss the method's own scale or main parameter.
 GRIDS: dict[str, dict[str, tuple]] = {
-    "consensus": {"lambda": COMMON["lambda"], "mask_scale": (0.2, 0.5), "agreement": (1, 2)},
+    "consensus": {"lambda": COMMON["lambda"], "mask_scale": (0.2, 0.5)},
     "dare_linear": {"lambda": COMMON["lambda"], "density": (0.5, 0.8)},
     "dare_ties": {"lambda": COMMON["lambda"], "density": (0.5, 0.8)},
     "della": {"lambda": COMMON["lambda"], "density": (0.4, 0.7)},
@@ -79,6 +81,7 @@ class Effort:
     text_steps: tuple[int, int] = (400, 120)
     seeds: int = 3
     grid: int | None = None
+    methods: tuple[str, ...] = ()  # all, if empty
 
 
 FULL, QUICK = Effort(), Effort(base_steps=60, expert_steps=8, text_steps=(12, 4), seeds=1, grid=QUICK_GRID)
@@ -116,8 +119,8 @@ def guises(seed: int) -> dict[str, Callable[[Tensor], Tensor]]:
 LABEL_SETS = ((0, 1), (2, 3), (4, 5), (6, 7), (8, 9), (1, 4, 7))  # the last overlaps: six tasks of ten classes
 
 
-def digit_suites(seed: int, effort: Effort) -> list[Suite]:
-    """``digits`` (eight guises of all classes) and ``pairs`` (six label sets), from one base."""
+def digit_suites(seed: int, effort: Effort, wanted: Sequence[str] = ("digits", "pairs")) -> list[Suite]:
+    """``digits`` (eight guises of all classes) and ``pairs`` (six label sets), from one base, as far as wanted."""
     from sklearn.datasets import load_digits
 
     data = load_digits()
@@ -136,10 +139,12 @@ def digit_suites(seed: int, effort: Effort) -> list[Suite]:
     for classes in LABEL_SETS:
         name = "+".join(map(str, classes))
         chosen[name] = {part: _only(x, y, classes) for part, (x, y) in parts.items()}
-    return [
-        _trained("digits", shown, base, start, seed, effort, lambda name: range(10)),
-        _trained("pairs", chosen, base, start, seed, effort, lambda name: [int(c) for c in name.split("+")]),
-    ]
+    suites = []
+    if "digits" in wanted:
+        suites.append(_trained("digits", shown, base, start, seed, effort))
+    if "pairs" in wanted:
+        suites.append(_trained("pairs", chosen, base, start, seed, effort))
+    return suites
 
 
 def _only(images: Tensor, labels: Tensor, classes: Sequence[int]) -> tuple[Tensor, Tensor]:
@@ -147,9 +152,7 @@ def _only(images: Tensor, labels: Tensor, classes: Sequence[int]) -> tuple[Tenso
     return images[kept], labels[kept]
 
 
-def _trained(
-    name: str, tasks: dict[str, dict], model: Any, start: State, seed: int, effort: Effort, classes: Callable
-) -> Suite:
+def _trained(name: str, tasks: dict[str, dict], model: Any, start: State, seed: int, effort: Effort) -> Suite:
     """Experts from ``start``, one per task, and a reference that sees all tasks for as many steps as all experts."""
     experts = []
     for number, task in enumerate(tasks):
@@ -269,7 +272,6 @@ def grid(method: Any, limit: int | None) -> list[dict[str, Any]]:
 
 def run_suite(suite: Suite, seed: int, effort: Effort) -> dict[str, Any]:
     """Scores base, experts, reference and every method -> rows by label, skipped methods with the reason, conflicts."""
-    from hf_fuse import FuseError, merge_state_dicts, registry
     from hf_fuse.merge.units import takes_base
 
     mean_length = statistics.mean(length(expert, suite.base) for expert in suite.experts)
@@ -282,7 +284,7 @@ def run_suite(suite: Suite, seed: int, effort: Effort) -> dict[str, Any]:
     rows["experts, each on its own"] = Row([scores[k] for k, scores in enumerate(own)], 1.0)
     rows["experts, on all tasks"] = Row([statistics.mean(column) for column in zip(*own)], 1.0)
     rows["trained on all tasks"] = row(suite.reference)
-    for name in registry.names("merge"):
+    for name in effort.methods or registry.names("merge"):
         method = registry.get("merge", name)
         low, high = getattr(method.module, "MODELS", (1, None))
         if not low <= len(suite.experts) <= (high or len(suite.experts)):
@@ -326,7 +328,7 @@ def run_seed(seed: int, effort: Effort, suites: Sequence[str]) -> dict[str, dict
 
     found = {}
     with quiet_and_reproducible():
-        made = digit_suites(seed, effort) if {"digits", "pairs"} & set(suites) else []
+        made = digit_suites(seed, effort, suites) if {"digits", "pairs"} & set(suites) else []
         made += [text_suite(seed, effort)] if "text" in suites else []
         for suite in made:
             if suite.name in suites:
@@ -480,11 +482,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--full", action="store_true", help="three seeds, trained models, whole grids (minutes)")
     parser.add_argument("--suites", nargs="+", default=["digits", "pairs", "text"], choices=["digits", "pairs", "text"])
+    parser.add_argument("--methods", nargs="+", default=[], help="only these, instead of all that are registered")
     parser.add_argument("--seeds", type=int, help="number of seeds")
     parser.add_argument("--jobs", type=int, default=2, help="seeds at a time, one core each")
     parser.add_argument("--output", type=Path, default=Path("merge-study"), help="folder for study.json and plots")
     given = parser.parse_args()
     effort, started = FULL if given.full else QUICK, time.perf_counter()
+    methods = (
+        dict.fromkeys(["linear", *given.methods]) if given.methods else ()
+    )  # the soup is what all are held against
+    effort = replace(effort, methods=tuple(registry.get("merge", name).name for name in methods))
     seeds = range(given.seeds or effort.seeds)
     if given.jobs > 1 and len(seeds) > 1:
         with ProcessPoolExecutor(min(given.jobs, len(seeds)), mp_context=get_context("spawn")) as pool:
