@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import inspect
+import itertools
 import os
 import resource
 import threading
@@ -133,6 +134,17 @@ def first_line(error: BaseException) -> str:
     return (str(error).splitlines() or [type(error).__name__])[0]
 
 
+_meetings = itertools.count()
+
+
+@cache
+def _meeting_place(rank: int, size: int) -> Any:
+    """The launcher's store of addresses, kept open: a process can merge more than once."""
+    import torch.distributed as dist
+
+    return next(dist.rendezvous("env://", rank=rank, world_size=size))[0]
+
+
 class World:
     """The processes started by ``accelerate launch`` or ``torchrun``; alone, everything is a no-op."""
 
@@ -152,7 +164,9 @@ class World:
 
             try:
                 if not dist.is_initialized():
-                    dist.init_process_group("gloo")
+                    # Keys of their own for every meeting: those of an earlier merge would lead to closed connections.
+                    store = dist.PrefixStore(f"hf_fuse/{next(_meetings)}", _meeting_place(self.rank, self.size))
+                    dist.init_process_group("gloo", store=store, rank=self.rank, world_size=self.size)
                     self._owns = True
                 # Objects travel through gloo even where the launcher has set up NCCL for training. A process that dies
                 # is noticed at once; one that is slow may take its time.
@@ -171,10 +185,9 @@ class World:
                 self.gather(None if error is None else str(error) or type(error).__name__)
                 if error is not None and not self.leads:
                     error.said_by_lead = True
-        if self._owns:
             import torch.distributed as dist
 
-            dist.destroy_process_group()
+            dist.destroy_process_group(None if self._owns else self._group)
 
     def gather(self, value: Any) -> list[Any]:
         """Everybody's value, by rank, for everybody."""
