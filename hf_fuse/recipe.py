@@ -115,6 +115,13 @@ class PushEntry(_Strict):
     revision: str | None = None
 
 
+def _steps(value: Any) -> Any:
+    """``post: subspace_boosting`` is short for ``post: {subspace_boosting: {}}``."""
+    if isinstance(value, str):
+        return {value: {}}
+    return {name: said or {} for name, said in value.items()} if isinstance(value, dict) else value
+
+
 class Recipe(_Strict):
     """A whole merge. See the README for one example of each kind."""
 
@@ -122,6 +129,8 @@ class Recipe(_Strict):
     models: Annotated[list[Annotated[ModelEntry, BeforeValidator(_split_reference)]], Field(default_factory=list)]
     base_model: Reference | None = None
     parameters: dict[str, Value] = Field(default_factory=dict)
+    # Steps on the merged difference from the base: {name: its parameters}, in this order.
+    post: Annotated[dict[str, dict[str, Value]], BeforeValidator(_steps)] = Field(default_factory=dict)
     slices: list[Slice] | None = None
     dtype: Literal["float32", "float64"] = "float32"
     out_dtype: Literal["float64", "float32", "float16", "bfloat16"] | None = None

@@ -21,7 +21,7 @@ from typing import Annotated, Any, Literal
 
 from hf_fuse.errors import RecipeError
 
-KINDS = {"merge": "hf_fuse.merge.methods"}
+KINDS = {"merge": "hf_fuse.merge.methods", "post": "hf_fuse.merge.post"}
 # Filled in by the engine, not by the user.
 SUPPLIED = ("state", "random", "base", "place")
 

@@ -98,6 +98,7 @@ def method_options(
     Raises:
         RecipeError: a required parameter is missing, or a value is out of range; place and expectation are named.
     """
+    shared = [*shared, ("default", getattr(method.module, "DEFAULTS", {}), 0.0)]
     arguments = {}
     for option in method.options.values():
         if option.per_model:

@@ -10,6 +10,7 @@ import inspect
 import zlib
 from collections.abc import Callable, Generator, Iterator, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -21,6 +22,7 @@ from hf_fuse.errors import CheckpointError, FuseError, OutputError, RecipeError
 from hf_fuse.merge.methods._passes import Pass, Place, Seen
 from hf_fuse.merge.methods._random import TensorRandom
 from hf_fuse.merge.progress import Progress
+from hf_fuse.merge.rescale import Rescaling
 from hf_fuse.merge.sources import BLOCK, Buffers
 from hf_fuse.merge.units import COPY, MEAN, MERGE, Input, Unit
 from hf_fuse.merge.workers import Workers, World, needs_whole_tensor, row_length
@@ -44,12 +46,14 @@ class Merger:
     chunk: int = BLOCK
     progress: Progress = field(default_factory=Progress)
     states: dict[str, Any] = field(default_factory=dict)  # by unit name; "" for the whole model
+    folder: Path | None = None  # where intermediate results may be kept; else the system's temporary folder
 
     def __post_init__(self) -> None:
         if self.chunk % 1024:
             raise FuseError(f"chunk_elements: {self.chunk} is not a multiple of 1024 elements.")
         self._arguments = set(inspect.signature(self.method.function).parameters)
         self._linear = registry.get("merge", "linear").function
+        self.rescaling = Rescaling(self) if hasattr(self.method.module, "rescale") else None
 
     # -- one block ------------------------------------------------------------------------------------------------
 
@@ -216,7 +220,7 @@ class Merger:
         """Pieces of work, large first: whole tensors, or cuts of those that may be cut."""
         found = []
         for unit in units:
-            whole = self.scope(unit) == "tensor" or needs_whole_tensor(self.method, unit)
+            whole = self.scope(unit) == "tensor" or needs_whole_tensor(self.method, unit) or unit.post
             step = max(unit.numel, 1) if whole else self._step(unit, SPLIT_ABOVE)
             found += [(unit, start, min(start + step, unit.numel)) for start in range(0, max(unit.numel, 1), step)]
         return sorted(found, key=lambda job: job[1] - job[2])
@@ -234,12 +238,35 @@ class Merger:
     def computed(
         self, unit: Unit, first: int, last: int, buffers: Buffers
     ) -> Iterator[tuple[int, Tensor, Tensor | None]]:
-        """``(first element, merged block, base)``: what the method makes of ``[first, last)``, and the base to add."""
+        """``(first element, merged block, base)``: what becomes of ``[first, last)``, and the base to add."""
+        if self.rescaling is not None and unit.action == MERGE:
+            parts = self.rescaling.pieces(unit, first, last, buffers)
+        else:
+            parts = ((start, merged, base) for start, _, merged, base in self.pieces(unit, first, last, buffers))
+        yield from self._after(unit, parts, buffers) if unit.post else parts
+
+    def _after(
+        self, unit: Unit, parts: Iterator[tuple[int, Tensor, Tensor | None]], buffers: Buffers
+    ) -> Iterator[tuple[int, Tensor, Tensor | None]]:
+        """The whole merged tensor, gathered and put through the recipe's post steps."""
+        whole, bases = (buffers.numbers(slot, unit.numel) for slot in ("merged", "bases"))
+        for start, merged, base in parts:
+            whole[start : start + len(merged)] = merged
+            bases[start : start + len(merged)] = base
+        whole = whole.view(unit.shape)
+        for step in unit.post:
+            whole = step(whole)
+        yield 0, whole.reshape(-1), bases
+
+    def pieces(
+        self, unit: Unit, first: int, last: int, buffers: Buffers, chunk: int | None = None
+    ) -> Iterator[tuple[int, Tensor, Tensor, Tensor | None]]:
+        """``(first element, input block, what the method makes of it, base)`` of ``[first, last)``."""
         options = dict(unit.options)
         scope = self.scope(unit)
         if "state" in self._arguments and unit.action == MERGE:
             options["state"] = self.measure_tensor(unit, buffers) if scope == "tensor" else self.states.get("")
-        for start, stop in self.blocks(first, last, self._step(unit, self.chunk)):
+        for start, stop in self.blocks(first, last, self._step(unit, chunk or self.chunk)):
             block, base = self.block(unit, start, stop, buffers)
             if unit.action == MEAN:
                 weight = unit.options["weight"]
@@ -253,7 +280,7 @@ class Merger:
                 if "base" in self._arguments:
                     options["base"] = shaped_base
                 merged = self.method.function(shaped, **options).reshape(-1)
-            yield start, merged, base
+            yield start, block, merged, base
 
     def _emit(self, unit: Unit, start: int, merged: Tensor, sink: Sink, buffers: Buffers) -> None:
         dtype = getattr(torch, TORCH_NAMES[unit.dtype])
@@ -273,7 +300,12 @@ class Merger:
 
     def run(self, sink: Sink, world: World, workers: Workers) -> None:
         self.measure_model([unit for unit in self.units if self.scope(unit) == "model"], world, workers)
-        self.progress.phase("merge")
         mine = world.share(self.units, lambda unit: unit.numel)
+        if self.rescaling is not None:
+            self.progress.phase("compute")
+            self.rescaling.hold(mine, world, workers)
+        self.progress.phase("merge")
         with world.together():
             workers.run(self.jobs(mine), lambda job, buffers, _: self.merge(*job, sink, buffers))
+        if self.rescaling is not None:
+            self.rescaling.close()

@@ -11,6 +11,7 @@ from hf_fuse.checkpoint.reader import DTYPE_CODES, TensorInfo
 from hf_fuse.checkpoint.tied import Tying
 from hf_fuse.errors import CheckpointError, RecipeError
 from hf_fuse.merge.parameters import Scope, check_names, depth_of, is_at_the_end, layer_of, method_options, stacks
+from hf_fuse.merge.post_steps import PostStep, check_post, post_steps
 from hf_fuse.recipe import Recipe, Slice
 from hf_fuse.registry import Method
 
@@ -38,6 +39,7 @@ class Unit:
     base: Input | None = None
     options: dict[str, Any] = field(default_factory=dict)
     aliases: list[str] = field(default_factory=list)  # other names under which the same result is stored
+    post: list[PostStep] = field(default_factory=list)  # what the merged difference goes through, in one piece
 
     @property
     def numel(self) -> int:
@@ -153,6 +155,7 @@ def _check_groups(recipe: Recipe, method: Method, groups: list[_Group]) -> None:
             [*((where, said, False) for where, said in group.shared),
              *((entry.where, entry.parameters, several) for entry in group.entries)],
         )  # fmt: skip
+        check_post(recipe, method, group.base is not None)
 
 
 def _slice_groups(recipe: Recipe, method: Method, tables: Tables) -> list[_Group]:
@@ -326,7 +329,8 @@ def _unit(
     if info.shape == () and getattr(method.module, "SCALARS", None) == "mean":
         weight = options.get("weight") or [1.0] * len(inputs)
         return Unit(name, dtype, info.shape, MEAN, inputs, options={"weight": weight})
-    return Unit(name, dtype, info.shape, MERGE, inputs, base, options)
+    post = post_steps(recipe, name, info.shape, whole)
+    return Unit(name, dtype, info.shape, MERGE, inputs, base, options, post=post)
 
 
 def _widest(codes: Iterable[str]) -> str:
