@@ -22,6 +22,7 @@ from typing import Annotated, Any, Literal
 from hf_fuse.errors import RecipeError
 
 KINDS = {"merge": "hf_fuse.merge.methods", "post": "hf_fuse.merge.post"}
+LARGEST = 3.4028234663852886e38  # float32's
 # Filled in by the engine, not by the user.
 SUPPLIED = ("state", "random", "base", "place")
 
@@ -87,10 +88,12 @@ class Option:
             raise RecipeError(expected)
         try:
             number = self.kind(value)
-        except (TypeError, ValueError):
+        except (TypeError, ValueError, OverflowError):
             raise RecipeError(expected) from None
         if self.kind is int and number != value or number != number:
             raise RecipeError(expected)
+        if self.kind is float and LARGEST < abs(number) < float("inf"):
+            raise RecipeError(f"{expected} It is beyond the range of float32.")
         if self.range and number not in self.range:
             raise RecipeError(expected)
         return number

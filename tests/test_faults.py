@@ -510,6 +510,7 @@ recipe_row("unknown_parameter", "task_arithmetic has no parameter 'lamda'", "Did
 recipe_row("parameter_out_of_range", "density is 1.5", "expected float [0, 1]", method="ties",
            parameters={"density": 1.5})  # fmt: skip
 recipe_row("parameter_is_a_word", "density is 'much'", "expected float", method="ties", parameters={"density": "much"})
+recipe_row("parameter_too_large_for_the_arithmetic", "lambda is 1e+40", "float32", parameters={"lambda": 1e40})
 recipe_row("parameter_is_nan", "density is nan", method="ties", parameters={"density": float("nan")})
 recipe_row(
     "unknown_choice", "scope is 'layer'", "expected model | tensor", method="ties", parameters={"scope": "layer"}
