@@ -1,6 +1,6 @@
 """Several fine-tunes in the room of little more than one: base, multi-task vector, and one bit per weight and task.
 
-``compress_tall`` makes the store, ``extract_tall`` restores the model of one task, ``theta_0 + mask_k * tau_M``
+``compress_tall`` makes the store; ``extract_tall`` (tall_restore.py) restores the model of one task, ``theta_0 + mask_k * tau_M``
 (TALL-masks, https://arxiv.org/abs/2405.07813). A store is a folder:
 
 - ``store.json``: what it holds, and which base it needs;
@@ -11,38 +11,27 @@
 
 from __future__ import annotations
 
-import hashlib
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hf_fuse.checkpoint.reader import (
-    FLOAT_DTYPES,
-    TORCH_NAMES,
-    Checkpoint,
-    FilePool,
-    TensorInfo,
-    read_header,
-    read_json,
-)
+from hf_fuse.checkpoint.reader import TORCH_NAMES
 from hf_fuse.checkpoint.writer import Layout, PartialFolder, exclusive_output, lay_out
-from hf_fuse.errors import CheckpointError, OutputError, RecipeError
+from hf_fuse.errors import OutputError, RecipeError
+from hf_fuse.merge.tall_format import FORMAT, KIND, STORE_FILE, VECTOR_STEM, fingerprint
+from hf_fuse.merge.tall_restore import extract_tall
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
     from hf_fuse.merge.plan import Plan
     from hf_fuse.merge.sources import Buffers
     from hf_fuse.merge.stream import Merger
     from hf_fuse.merge.units import Unit
     from hf_fuse.recipe import Recipe
 
-KIND, FORMAT = "tall-masks", 1
-STORE_FILE, VECTOR_STEM = "store.json", "multitask"
-_PROBE = 4096  # bytes of each tensor of the base that its fingerprint covers
+__all__ = ["compress_tall", "extract_tall"]
 
 
 def compress_tall(
@@ -240,189 +229,4 @@ def _describe(made: Plan, contents: _Contents, folder: Path) -> None:
             "parameters": recipe.parameters,
             "versions": versions(),
         },
-    )
-
-
-def fingerprint(checkpoint: Checkpoint) -> str:
-    """Hash of names, dtypes, shapes and the first bytes of every tensor: tells models apart at little cost."""
-    digest, pool = hashlib.sha256(), FilePool()
-    try:
-        for name, info in sorted(checkpoint.tensors.items()):
-            width = info.nbytes // max(info.numel, 1)
-            probe = bytearray(min(info.nbytes, _PROBE // max(width, 1) * width))
-            pool.read(info, 0, memoryview(probe))
-            digest.update(f"{name}\0{info.dtype}\0{info.shape}\0".encode() + probe)
-    finally:
-        pool.close()
-    return digest.hexdigest()
-
-
-def extract_tall(
-    store: str | Path,
-    task: str,
-    output: str | Path,
-    overwrite: bool = False,
-    *,
-    base: str | None = None,
-    workers: int | None = None,
-) -> Path:
-    """Restores the model of one task from a store, in the base's dtype and with its config and tokenizer.
-
-    Args:
-        store: folder made by :func:`compress_tall`.
-        task: one of its tasks.
-        output: the folder to make.
-        overwrite: replace an existing output.
-        base: where the base is now, if not where it was.
-        workers: threads.
-
-    Returns:
-        The output folder.
-
-    Raises:
-        FuseError: no such task, another base, a damaged store, or an output that can't be made.
-    """
-    import torch
-
-    from hf_fuse.merge.finish import write_companions
-    from hf_fuse.merge.plan import plan
-    from hf_fuse.merge.progress import Progress
-    from hf_fuse.merge.stream import Merger
-    from hf_fuse.merge.workers import Workers, World
-
-    store = Path(store).expanduser().absolute()
-    facts = _read_store(store)
-    if task not in facts["tasks"]:
-        known = ", ".join(sorted(facts["tasks"]))
-        raise RecipeError(f"{store}: holds no task {task!r}. Its tasks: {known}.")
-    reference = facts["base"] | ({"path": base} if base else {})
-    if base:
-        reference.pop("revision", None)
-    made = plan({"method": "passthrough", "models": [reference]}, output=output, overwrite=overwrite)
-    parent = made.reference
-    if fingerprint(parent.checkpoint) != facts["base_fingerprint"]:
-        raise CheckpointError(
-            f"{parent.ref.key}: is not the base that {store} was made with. Name the right one with `base`."
-        )
-    parent.source = TallSource(
-        parent.source, _tensors(store, facts["multitask"]), _tensors(store, facts["tasks"][task]["mask"])
-    )
-    folder = Path(made.recipe.output).expanduser().absolute()
-    with ExitStack() as stack:
-        progress = stack.enter_context(Progress(made.bytes_read * 2, quiet=False))
-        partial = stack.enter_context(exclusive_output(folder, overwrite=overwrite))
-        partial.create(made.layout)
-        merger = Merger(made.method, {parent.ref.key: parent.source}, made.units, torch.float32, progress=progress)
-        pool = Workers(torch.device("cpu"), torch.float32, workers)
-        stack.callback(pool.close)
-
-        def write(unit: Unit, start: int, out: Tensor) -> None:
-            for name in (unit.name, *unit.aliases):
-                partial.write(made.layout.places[name], start, memoryview(out.numpy()))
-
-        merger.run(write, World(size=1, rank=0), pool)
-        partial.sync()
-        write_companions(made, partial.folder)
-        (partial.folder / "fuse_recipe.yaml").unlink()  # it tells of the base alone; the card tells the rest
-        (partial.folder / "README.md").write_text(_card(made, facts, task, partial.folder), encoding="utf-8")
-        partial.publish()
-    return folder
-
-
-def _read_store(store: Path) -> dict[str, Any]:
-    if not (store / STORE_FILE).is_file():
-        raise CheckpointError(f"{store}: has no {STORE_FILE}. Expected a folder made from fine-tunes by compress_tall.")
-    facts = read_json(store / STORE_FILE)
-    if facts.get("kind") != KIND or facts.get("format") != FORMAT:
-        raise CheckpointError(
-            f"{store}: {STORE_FILE} says kind {facts.get('kind')!r}, format {facts.get('format')!r}. Expected "
-            f"{KIND!r}, {FORMAT}."
-        )
-    try:
-        files = [facts["multitask"], *(task["mask"] for task in facts["tasks"].values())]
-        sound = isinstance(facts["base"]["path"], str) and isinstance(facts["base_fingerprint"], str)
-    except (KeyError, TypeError, AttributeError):
-        sound, files = False, []
-    if not sound or not all(isinstance(file, str) and re.fullmatch(r"\w[\w.-]*\.safetensors", file) for file in files):
-        raise CheckpointError(f"{store / STORE_FILE}: is damaged. Make the store again.")
-    return facts
-
-
-def _tensors(store: Path, file: str) -> dict[str, TensorInfo]:
-    return read_header(store / file)[0]
-
-
-class TallSource:
-    """A base seen as the model of one task. Tensors that the task's file does not know are the base's."""
-
-    def __init__(self, plain: Any, vector: Mapping[str, TensorInfo], masks: Mapping[str, TensorInfo]):
-        self.plain, self.vector, self.masks = plain, vector, masks
-        self.tensors: Mapping[str, TensorInfo] = plain.tensors
-        for name, mask in masks.items():
-            shape = self.tensors[name].shape if name in self.tensors else None
-            if mask.dtype == "U8":
-                fits = name in vector and vector[name].shape == shape and mask.shape == (-(-vector[name].numel // 8),)
-            else:
-                fits = mask.dtype in FLOAT_DTYPES and mask.shape == shape
-            if not fits:
-                raise CheckpointError(f"{mask.file}: tensor {name} does not fit the base. Make the store again.")
-
-    def read(self, name: str, start: int, out: Tensor, buffers: Buffers) -> None:
-        import numpy as np
-        import torch
-
-        from hf_fuse.merge.sources import read_numbers
-
-        mask = self.masks.get(name)
-        if mask is not None and mask.dtype != "U8":
-            read_numbers(mask, start, out, buffers)
-            return
-        self.plain.read(name, start, out, buffers)
-        if mask is None:
-            return
-        change, skip = buffers.numbers("tall", out.numel()), start % 8
-        read_numbers(self.vector[name], start, change, buffers)
-        packed = np.empty((skip + out.numel() + 7) // 8, dtype=np.uint8)
-        buffers.pool.read(mask, start // 8, memoryview(packed))
-        bits = np.unpackbits(packed, bitorder="little")[skip : skip + out.numel()]
-        out.add_(change.mul_(torch.from_numpy(bits).to(change.dtype)))
-
-    def delta_from(self, base: object, name: str) -> bool:
-        return False
-
-    def raw(self, name: str, start: int, out: Tensor, buffers: Buffers) -> None:
-        self.plain.raw(name, start, out, buffers)
-
-
-def _card(made: Plan, facts: dict[str, Any], task: str, folder: Path) -> str:
-    from hf_fuse.card import merge_card, read_license
-    from hf_fuse.checkpoint.tokenizer import tokenizer_files
-    from hf_fuse.merge.finish import versions
-
-    checkpoint = made.reference.checkpoint
-    model = facts["tasks"][task]["model"]
-    repo_id = model["path"] if "revision" in model else None
-    rows = [
-        {"ref": checkpoint.ref, "repo_id": checkpoint.repo_id, "commit": checkpoint.commit,
-         "license": read_license(checkpoint.folder), "role": "base", "weight": None},
-        {"ref": model["path"], "repo_id": repo_id, "commit": model.get("revision"), "license": None, "role": "model",
-         "weight": None},
-    ]  # fmt: skip
-    others = len(facts["tasks"]) - 1
-    return merge_card(
-        {
-            "title": task,
-            "method": KIND,
-            "summary": "A fine-tuned model, restored from a store of TALL-masks: close to the original, not equal.",
-            "paper": "https://arxiv.org/abs/2405.07813",
-            "architecture": checkpoint.architecture,
-            "made": f"Restored with hf_fuse: the base, and of the summed changes of this and {others} other fine-tunes "
-            "those that this task's mask keeps ([paper](https://arxiv.org/abs/2405.07813)).",
-            "recipe_yaml": None,
-            "parents": rows,
-            "versions": versions(),
-            "warnings": [],
-            "figures": {},
-            "has_tokenizer": bool(tokenizer_files(folder)),
-        }
     )
