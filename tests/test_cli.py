@@ -1,0 +1,81 @@
+"""The command line: every command explains itself, overrides win, and nothing is imported that is not needed."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+from hf_fuse import cli, registry
+from hf_fuse.errors import RecipeError
+
+COMMANDS = ("merge", "plan", "list", "schema", "push", "inspect", "eval", "demo", "sweep")
+
+
+def run(*arguments: str) -> None:
+    cli.app(list(arguments), standalone_mode=False)
+
+
+def in_a_process(code: str) -> str:
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help(command, capsys):
+    run(command, "--help")
+    assert "Usage:" in capsys.readouterr().out
+
+
+def test_list(capsys):
+    run("list")
+    shown = capsys.readouterr().out
+    assert all(name in shown for name in registry.names("merge"))
+    run("list", "ties")
+    shown = capsys.readouterr().out
+    assert "density" in shown and "method: ties" in shown and "arxiv.org" in shown
+    run("list", "--json")
+    facts = json.loads(capsys.readouterr().out)
+    assert {entry["name"] for entry in facts} == set(registry.names("merge"))
+    assert all(option["meaning"] for entry in facts for option in entry["parameters"].values())
+
+
+def test_schema_is_a_schema_of_recipes(capsys):
+    run("schema")
+    schema = json.loads(capsys.readouterr().out)
+    assert {"method", "models", "base_model", "slices", "tokenizer"} <= set(schema["properties"])
+    assert schema["additionalProperties"] is False
+
+
+def test_plan_as_json_with_overrides(tiny_family, tmp_path, capsys):
+    family = tiny_family("plain")
+    (tmp_path / "recipe.yaml").write_text(
+        f"method: ties\nbase_model: {family.base}\nmodels: [{family.tuned[0]}, {family.tuned[1]}]\n"
+    )
+    run("plan", str(tmp_path / "recipe.yaml"), "--json", "--parameters.density", "1e-1", "--models.1.weight=0.5")
+    plan = json.loads(capsys.readouterr().out)
+    assert plan["method"] == "ties" and len(plan["parents"]) == 3 and plan["bytes_written"] > 0
+    with pytest.raises(RecipeError, match="density is 3"):
+        run("plan", str(tmp_path / "recipe.yaml"), "--parameters.density", "3")
+    with pytest.raises(RecipeError, match="--densty: no such option or recipe key"):
+        run("plan", str(tmp_path / "recipe.yaml"), "--densty", "3")
+
+
+def test_start_up_imports_little():
+    loaded = in_a_process(
+        "import sys, hf_fuse, hf_fuse.cli, hf_fuse.recipe\n"
+        "print([m for m in ('torch', 'transformers', 'huggingface_hub', 'matplotlib', 'datasets') if m in sys.modules])"
+    )
+    assert loaded.strip() == "[]"
+
+
+def test_a_merge_never_imports_transformers(tiny_family, tmp_path):
+    family = tiny_family("plain")
+    loaded = in_a_process(
+        "import sys, hf_fuse\n"
+        f"hf_fuse.merge({{'method': 'linear', 'models': [{str(family.tuned[0])!r}, {str(family.tuned[1])!r}]}},"
+        f" output={str(tmp_path / 'out')!r})\n"
+        "print([m for m in ('transformers', 'peft', 'datasets', 'matplotlib') if m in sys.modules])"
+    )
+    assert loaded.strip().splitlines()[-1] == "[]"
