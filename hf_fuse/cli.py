@@ -126,6 +126,9 @@ def merge(
     allow_pickle: Pickle = False,
     verify: Verify = False,
     workers: Annotated[int | None, typer.Option(help="Threads; one per core, at most 8.", min=1)] = None,
+    continue_from: Annotated[
+        str | None, typer.Option(help="Output of an earlier merge to add the models to (opcm).", show_default=False)
+    ] = None,
 ) -> None:
     """Merge checkpoints as a recipe says. Any recipe key can be set: --parameters.density 0.3
 
@@ -136,6 +139,7 @@ def merge(
     from hf_fuse.merge.workers import World
 
     options = {"overwrite": overwrite, "allow_pickle": allow_pickle, "verify": verify}
+    options["continue_from"] = continue_from
     made = make_plan(recipe, overrides=_overrides(context.args), output=output, **options)
     leads = World().leads
     if leads and sys.stderr.isatty():

@@ -58,6 +58,7 @@ def merge(
     private: bool | None = None,
     workers: int | None = None,
     chunk_elements: int | None = None,
+    continue_from: str | Path | None = None,
 ) -> Path:
     """Merges checkpoints as the recipe says, into a new folder.
 
@@ -75,6 +76,8 @@ def merge(
         workers: threads; by default one per core, at most eight.
         chunk_elements: elements computed at a time, a multiple of 1024; by default what suits the device. Does not
             change the result.
+        continue_from: output of an earlier merge by a sequential method (opcm), to which the recipe's models are added.
+            Its other models are not needed any more. Write it in float32: what rounding takes from it stays lost.
 
     Returns:
         The output folder.
@@ -87,7 +90,7 @@ def merge(
         made = recipe
     else:
         options = {"overwrite": overwrite, "allow_pickle": allow_pickle, "verify": verify}
-        made = plan(recipe, overrides=overrides, output=output, **options)
+        made = plan(recipe, overrides=overrides, output=output, continue_from=continue_from, **options)
     if made.recipe.output is None:
         raise RecipeError("output: no folder is given. Pass --output DIR, or say output in the recipe.")
     target = _push_target(made, push, private)
@@ -112,6 +115,7 @@ def merge(
             with world.together():
                 pass
             partial = PartialFolder(folder)
+        merger.folder = partial.folder
         merger.run(_file_sink(partial, made.layout), world, pool)
         progress.phase("save")
         with world.together():
@@ -120,7 +124,7 @@ def merge(
             if world.leads:
                 from hf_fuse.merge.finish import write_companions
 
-                write_companions(made, partial.folder)
+                write_companions(made, partial.folder, merger.rescaling.record if merger.rescaling else None)
                 partial.publish()
     if target is not None and world.leads:
         from hf_fuse.hub import push as push_folder

@@ -8,6 +8,7 @@ from typing import Any
 
 import hf_fuse
 from hf_fuse.card import merge_card, read_license
+from hf_fuse.checkpoint.adapter import base_fingerprint
 from hf_fuse.checkpoint.chat_template import chat_template
 from hf_fuse.checkpoint.reader import FLOAT_DTYPES, read_json
 from hf_fuse.checkpoint.tokenizer import copy_files, read_tokenizer, tokenizer_files
@@ -19,8 +20,12 @@ from hf_fuse.recipe import ModelRef, Recipe, dump_recipe
 RECIPE_FILE = "fuse_recipe.yaml"
 
 
-def write_companions(plan: Plan, folder: Path) -> None:
-    """Writes everything but the weights into ``folder``. Deterministic: no dates, no paths of this machine."""
+def write_companions(plan: Plan, folder: Path, record: dict[str, Any] | None = None) -> None:
+    """Writes everything but the weights into ``folder``. Deterministic: no dates, no paths of this machine.
+
+    Args:
+        record: parameters with which a later merge goes on from this one.
+    """
     donor = plan.reference
     if donor.checkpoint.config:
         write_json(folder / "config.json", _config(plan))
@@ -40,6 +45,8 @@ def write_companions(plan: Plan, folder: Path) -> None:
         text = chat_template(plan.recipe.chat_template, tokenizers)
         (folder / "chat_template.jinja").write_text(text, encoding="utf-8")
     resolved = resolved_recipe(plan)
+    if record:
+        resolved.provenance |= {"continuation": {"base": base_fingerprint(donor.checkpoint), "parameters": record}}
     (folder / RECIPE_FILE).write_text(dump_recipe(resolved), encoding="utf-8")
     (folder / "README.md").write_text(_card(plan, resolved, folder), encoding="utf-8")
 

@@ -103,6 +103,13 @@ class Plan:
         )
 
     @property
+    def bytes_kept_aside(self) -> int:
+        """Bytes of intermediate results on the output's disk while the merge runs."""
+        if not hasattr(self.method.module, "rescale"):
+            return 0
+        return sum(unit.numel for unit in self.units) * (8 if self.recipe.dtype == "float64" else 4)
+
+    @property
     def peak_memory(self) -> int:
         """Estimate of the peak of anonymous memory in bytes, interpreter and libraries included."""
         from hf_fuse.merge.sources import BLOCK
@@ -111,6 +118,7 @@ class Plan:
         width = 8 if self.recipe.dtype == "float64" else 4
         models = max((len(unit.inputs) for unit in self.units), default=1)
         whole = max((u.numel for u in self.units if needs_whole_tensor(self.method, u)), default=0)
+        whole = max(whole, max((u.numel for u in self.units if u.post), default=0))
         # Block of K models, base, result, about as much again for the method's intermediate values, raw bytes.
         block = max([BLOCK, *(row_length(self.method, u) or 0 for u in self.units)])
         blocks = default_workers() * block * (2 * models + 4) * width
@@ -150,6 +158,7 @@ def plan(
     overwrite: bool = False,
     allow_pickle: bool = False,
     verify: bool = False,
+    continue_from: str | Path | None = None,
 ) -> Plan:
     """Reads a recipe and the headers of its models, and checks that they fit.
 
@@ -160,6 +169,7 @@ def plan(
         overwrite: an existing output is going to be replaced.
         allow_pickle: accept ``.bin`` inputs, loaded with torch's restricted unpickler.
         verify: compare the content of Hub inputs with the hashes the Hub has (reads all bytes).
+        continue_from: output of an earlier merge by a sequential method (opcm), to which the models are added.
 
     Raises:
         FuseError: the first thing that is wrong, with where and what to do.
@@ -168,6 +178,10 @@ def plan(
     if output is not None:
         recipe = recipe.model_copy(update={"output": str(output)})
         recipe.model_fields_set.add("output")
+    if continue_from is not None:
+        from hf_fuse.merge.continuation import continued
+
+        recipe = continued(recipe, continue_from)
     method = registry.get("merge", recipe.method)
     parents = _open_parents(recipe, allow_pickle)
     _refuse_overlap(recipe, parents)
@@ -203,7 +217,7 @@ def plan(
     if recipe.output:
         folder = Path(recipe.output).expanduser()
         check_output(folder.absolute(), overwrite)
-        needed, free = layout.nbytes + SPARE_BYTES, _free(folder)
+        needed, free = layout.nbytes + made.bytes_kept_aside + SPARE_BYTES, _free(folder)
         if free < needed:
             raise OutputError(
                 f"{folder}: the disk has {free / 1e9:.2f} GB free, the output needs {needed / 1e9:.2f} GB. Free some "
