@@ -1,7 +1,7 @@
 """Several fine-tunes in the room of little more than one: base, multi-task vector, and one bit per weight and task.
 
-``compress_tall`` makes the store; ``extract_tall`` (tall_restore.py) restores the model of one task, ``theta_0 + mask_k * tau_M``
-(TALL-masks, https://arxiv.org/abs/2405.07813). A store is a folder:
+``compress_tall`` makes the store; ``extract_tall`` (tall_restore.py) restores the model of one task,
+``theta_0 + mask_k * tau_M`` (TALL-masks, https://arxiv.org/abs/2405.07813). A store is a folder:
 
 - ``store.json``: what it holds, and which base it needs;
 - ``multitask.safetensors``: tau_M, in the base's dtype or the recipe's ``out_dtype``;
