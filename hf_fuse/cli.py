@@ -63,8 +63,8 @@ def main() -> None:
 
 
 def _leave() -> None:
-    """Ends the process after everything that was to be done at exit, but without taking the libraries' objects apart one
-    by one: with torch loaded that costs half a second, as much as merging half a billion numbers."""
+    """Ends the process after everything that was to be done at exit, but without taking the libraries' objects apart
+    one by one: with torch loaded that costs half a second, as much as merging half a billion numbers."""
     atexit._run_exitfuncs()
     with contextlib.suppress(OSError):
         sys.stdout.flush()
