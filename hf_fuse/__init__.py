@@ -11,6 +11,7 @@ _PUBLIC = {
     "plan": "hf_fuse.merge.plan",
     "merge": "hf_fuse.merge",
     "merge_state_dicts": "hf_fuse.merge.engine",
+    "extract_lora": "hf_fuse.merge.extract_lora",
     "Recipe": "hf_fuse.recipe",
     "load_recipe": "hf_fuse.recipe",
     "inspect_models": "hf_fuse.diagnostics.task_vectors",

@@ -40,6 +40,15 @@ SEQ2SEQ = re.compile(
     r"(MT5|UMT5|LongT5|T5|MBart|Bart|BigBirdPegasus|PegasusX?|LED|Blenderbot(Small)?|M2M100|ProphetNet|NllbMoe|"
     r"SwitchTransformers|PLBart|T5Gemma)ForConditionalGeneration"
 )
+# PEFT's names of tasks -> (ending of the Auto class, pipeline tag).
+ADAPTER_TASKS = {
+    "CAUSAL_LM": ("ForCausalLM", "text-generation"),
+    "SEQ_2_SEQ_LM": ("ForSeq2SeqLM", None),
+    "SEQ_CLS": ("ForSequenceClassification", "text-classification"),
+    "TOKEN_CLS": ("ForTokenClassification", "token-classification"),
+    "QUESTION_ANS": ("ForQuestionAnswering", "question-answering"),
+    "FEATURE_EXTRACTION": ("ForFeatureExtraction", "feature-extraction"),
+}
 TEXT_EXAMPLES = {
     "text-generation": """\
 output = model.generate(inputs["input_ids"], attention_mask=inputs["attention_mask"], max_new_tokens=40)
@@ -60,7 +69,9 @@ def merge_card(info: dict) -> str:
             ``architecture`` (class name) or None; ``parents``: list of ``{"ref", "repo_id", "commit", "license",
             "role": "base" | "model", "weight"}``; ``versions``: ``{package: version}``; ``warnings``: list of strings;
             ``figures``: ``{caption: image file in the folder, or number}``. Optional: ``repo_id`` (where it will be
-            pushed) and ``has_tokenizer`` (default True), both for the usage snippet.
+            pushed) and ``has_tokenizer`` (default True), both for the usage snippet. Of a LoRA adapter also
+            ``adapter``: ``{"base": id of its base or None, "task_type": PEFT's name or None}``, and ``made``: how, in
+            a sentence, where that was no merge (then ``recipe_yaml`` may be None).
 
     Returns:
         The whole text. Parents that are local folders are shown by their name only.
@@ -71,19 +82,24 @@ def merge_card(info: dict) -> str:
         disagree = any(parent.get("license") for parent in parents)
         logger.log(logging.WARNING if disagree else logging.INFO, "%s", license_note)
     auto_class, pipeline_tag = _task(info.get("architecture"))
+    adapter = info.get("adapter")
+    if adapter:
+        auto_class, pipeline_tag = ADAPTER_TASKS.get(adapter["task_type"], (None, None))
 
     metadata: dict[str, Any] = {}
     hub_parents = list(dict.fromkeys(p["repo_id"] for p in parents if p.get("repo_id")))
+    if adapter:  # the Hub knows one relation per model, and what an adapter needs is its base
+        hub_parents = [adapter["base"]] if adapter["base"] else []
     for repo_id in hub_parents:
         if not HUB_ID.fullmatch(repo_id):
             raise FuseError(f"model card: {repo_id!r} given as repo_id of a parent is not a Hub id (org/name).")
     if hub_parents:
         metadata["base_model"] = hub_parents
-    metadata["base_model_relation"] = "merge"
-    metadata["library_name"] = "transformers"
+    metadata["base_model_relation"] = "adapter" if adapter else "merge"
+    metadata["library_name"] = "peft" if adapter else "transformers"
     if pipeline_tag:
         metadata["pipeline_tag"] = pipeline_tag
-    metadata["tags"] = list(dict.fromkeys(["merge", "hf_fuse", info["method"]]))
+    metadata["tags"] = list(dict.fromkeys(["lora" if adapter else "merge", "hf_fuse", info["method"]]))
     metadata |= _license_fields(license_id)
 
     count = sum(p.get("role") != "base" for p in parents)
@@ -95,9 +111,9 @@ def merge_card(info: dict) -> str:
         f"# {_one_line(info['title'])}",
         _without_paths(info.get("summary") or f"{count} models merged into one."),
         "## Usage",
-        _snippet(info, auto_class, pipeline_tag),
+        _adapter_snippet(info, auto_class) if adapter else _snippet(info, auto_class, pipeline_tag),
         "## How it was made",
-        f"Merged with hf_fuse, method {method}.",
+        info.get("made") or f"Merged with hf_fuse, method {method}.",
         _parents_table(parents),
     ]
     notes = [*(info.get("warnings") or []), *([license_note] if license_note else [])]
@@ -105,10 +121,9 @@ def merge_card(info: dict) -> str:
         blocks.append("\n".join(f"> - {_one_line(note)}" for note in dict.fromkeys(notes)))
     if figures := info.get("figures"):
         blocks += ["## Figures", _figures(figures)]
-    blocks += [
-        "## Recipe",
-        f"`hf-fuse merge fuse_recipe.yaml --output merged` repeats this merge.\n\n{_fenced(info['recipe_yaml'])}",
-    ]
+    if info.get("recipe_yaml"):
+        repeats = "`hf-fuse merge fuse_recipe.yaml --output merged` repeats this merge."
+        blocks += ["## Recipe", f"{repeats}\n\n{_fenced(info['recipe_yaml'])}"]
     if versions := info.get("versions"):
         blocks += ["## Versions", "\n".join(f"- {name} {version}" for name, version in versions.items())]
     return f"---\n{_dump(metadata)}---\n\n" + "\n\n".join(blocks) + "\n"
@@ -284,6 +299,17 @@ def _snippet(info: dict, auto_class: str | None, pipeline_tag: str | None) -> st
         example = "seq2seq" if auto_class == "AutoModelForSeq2SeqLM" else pipeline_tag
         lines += ["", 'inputs = tokenizer("Once upon a time", return_tensors="pt")']
         lines.append(TEXT_EXAMPLES.get(example or "", "print(model(**inputs)[0].shape)"))
+    text = "```python\n" + "\n".join(lines) + "\n```"
+    return card_for_repo(text, info["repo_id"]) if info.get("repo_id") else text
+
+
+def _adapter_snippet(info: dict, auto_class: str | None) -> str:
+    if auto_class:
+        lines = [f"from peft import AutoPeftModel{auto_class}", "", LOCAL_ID]
+        lines.append(f"model = AutoPeftModel{auto_class}.from_pretrained(model_id)  # loads the base, too")
+    else:
+        lines = ["from peft import PeftModel", "", LOCAL_ID]
+        lines.append("model = PeftModel.from_pretrained(model, model_id)  # on the base model, loaded before")
     text = "```python\n" + "\n".join(lines) + "\n```"
     return card_for_repo(text, info["repo_id"]) if info.get("repo_id") else text
 

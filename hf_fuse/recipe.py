@@ -16,6 +16,8 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 from hf_fuse.errors import RecipeError
 from hf_fuse.registry import nearest
 
+# Keys of ours that may stand in a mergekit file, which has no word for them.
+OURS = ("output", "output_kind", "rank", "push", "seed", "max_shard_size")
 OUT_DTYPES = ("float64", "float32", "float16", "bfloat16")
 
 # A parameter's value: one number, flag or word; a list, interpolated over depth (numbers) or stepped (the rest);
@@ -143,6 +145,8 @@ class Recipe(_Strict):
     seed: int = Field(default=0, ge=0)
     max_shard_size: str | int = "5GB"
     output: str | None = None
+    output_kind: Literal["model", "adapter"] = "model"  # adapter: LoRA adapters of one base become one
+    rank: int | None = Field(default=None, ge=1)  # of that adapter; none: the sum of their ranks, nothing lost
     push: Annotated[PushEntry | None, BeforeValidator(lambda v: {"repo": v} if isinstance(v, str) else v)] = None
     dialect: Literal["hf_fuse", "mergekit"] = "hf_fuse"
     # Written into fuse_recipe.yaml for the record; ignored when the recipe is run again.
@@ -152,6 +156,15 @@ class Recipe(_Strict):
     def _models_or_slices(self) -> Recipe:
         if bool(self.models) == bool(self.slices):
             raise ValueError("give either models (whole models) or slices (layer ranges), and at least one of them")
+        return self
+
+    @model_validator(mode="after")
+    def _only_what_an_adapter_has(self) -> Recipe:
+        if self.output_kind == "model" and self.rank is not None:
+            raise ValueError("rank is that of an adapter: say output_kind: adapter too, or remove it")
+        unfit = ("slices", "tokenizer", "chat_template", "tie_word_embeddings")
+        if self.output_kind == "adapter" and (said := [key for key in unfit if getattr(self, key) is not None]):
+            raise ValueError(f"{said[0]} has no meaning with output_kind: adapter. Remove it")
         return self
 
     @property
@@ -247,7 +260,7 @@ def load_recipe(source: str | Path | dict | Recipe, overrides: dict[str, Any] | 
         from hf_fuse.recipe_mergekit import translate
 
         # What mergekit has no word for may be said with ours, on the command line or in the file.
-        ours = {key: data.pop(key) for key in ("output", "push", "seed", "max_shard_size") if key in data}
+        ours = {key: data.pop(key) for key in OURS if key in data}
         data = translate(data, name) | ours
     try:
         return Recipe.model_validate(data)

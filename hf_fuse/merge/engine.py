@@ -96,6 +96,12 @@ def merge(
     target = _push_target(made, push, private)
     folder = Path(made.recipe.output).expanduser().absolute()
     dtype = getattr(torch, made.recipe.dtype)
+    if made.recipe.output_kind == "adapter":
+        from hf_fuse.merge.adapters_to_adapter import write_adapter
+
+        options = {"overwrite": overwrite, "allow_nonfinite": allow_nonfinite, "workers": workers}
+        leads = write_adapter(made, folder, place, **options)
+        return _pushed(folder, target if leads else None)
     with ExitStack() as stack:
         world = stack.enter_context(World())
         progress = stack.enter_context(Progress(made.bytes_read * made.passes // world.size, quiet=not world.leads))
@@ -126,10 +132,14 @@ def merge(
 
                 write_companions(made, partial.folder, merger.rescaling.record if merger.rescaling else None)
                 partial.publish()
-    if target is not None and world.leads:
-        from hf_fuse.hub import push as push_folder
+    return _pushed(folder, target if world.leads else None)
 
-        push_folder(folder, target.repo_id, target=target)
+
+def _pushed(folder: Path, target: Any) -> Path:
+    if target is not None:
+        from hf_fuse.hub import push
+
+        push(folder, target.repo_id, target=target)
     return folder
 
 

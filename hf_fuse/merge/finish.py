@@ -155,7 +155,7 @@ def _card(plan: Plan, resolved: Recipe, folder: Path) -> str:
             "summary": plan.method.summary,
             "paper": plan.method.paper,
             "architecture": plan.reference.checkpoint.architecture,
-            "recipe_yaml": dump_recipe(_without_paths(resolved)),
+            "recipe_yaml": dump_recipe(without_paths(resolved)),
             "parents": parents,
             "versions": versions(),
             "warnings": plan.warnings,
@@ -175,7 +175,7 @@ def _origins(parent: Parent) -> list[tuple[str, str | None, str | None, Path]]:
     return [full, (name, parent.adapter_repo, parent.adapter_commit, parent.adapter_folder)]
 
 
-def _without_paths(recipe: Recipe) -> Recipe:
+def without_paths(recipe: Recipe) -> Recipe:
     """Local folders by their names only: a card is published, the layout of somebody's disk is not."""
 
     def strip(ref: ModelRef) -> ModelRef:

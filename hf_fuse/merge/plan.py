@@ -183,8 +183,12 @@ def plan(
 
         recipe = continued(recipe, continue_from)
     method = registry.get("merge", recipe.method)
+    if recipe.output_kind == "adapter":
+        from hf_fuse.merge.adapter_plan import plan_adapter
+
+        return plan_adapter(recipe, method, overwrite=overwrite, allow_pickle=allow_pickle, verify=verify)
     parents = _open_parents(recipe, allow_pickle)
-    _refuse_overlap(recipe, parents)
+    refuse_overlap(recipe, parents)
     if verify:
         _verify(parents)
     warnings = []
@@ -214,16 +218,22 @@ def plan(
         recipe.max_shard_bytes,
     )
     made = Plan(recipe, method, parents, units, layout, tying, alignment, warnings)
-    if recipe.output:
-        folder = Path(recipe.output).expanduser()
-        check_output(folder.absolute(), overwrite)
-        needed, free = layout.nbytes + made.bytes_kept_aside + SPARE_BYTES, _free(folder)
-        if free < needed:
-            raise OutputError(
-                f"{folder}: the disk has {free / 1e9:.2f} GB free, the output needs {needed / 1e9:.2f} GB. Free some "
-                "space or choose another output."
-            )
+    check_room(recipe.output, layout.nbytes + made.bytes_kept_aside, overwrite)
     return made
+
+
+def check_room(output: str | None, nbytes: int, overwrite: bool) -> None:
+    """Whether the output may be made, and whether ``nbytes`` of weights and the small files fit on its disk."""
+    if not output:
+        return
+    folder = Path(output).expanduser()
+    check_output(folder.absolute(), overwrite)
+    needed, free = nbytes + SPARE_BYTES, _free(folder)
+    if free < needed:
+        raise OutputError(
+            f"{folder}: the disk has {free / 1e9:.2f} GB free, the output needs {needed / 1e9:.2f} GB. Free some "
+            "space or choose another output."
+        )
 
 
 def _free(path: Path) -> int:
@@ -275,7 +285,8 @@ def _open_parent(ref: ModelRef, role: str, recipe: Recipe, opened: dict[str, Che
     return Parent(ref, role, checkpoint, AdapterSource(checkpoint, bound), bound, folder, repo_id, commit)
 
 
-def _refuse_overlap(recipe: Recipe, parents: dict[str, Parent]) -> None:
+def refuse_overlap(recipe: Recipe, parents: dict[str, Parent]) -> None:
+    """An output inside an input, or the other way round, would be destroyed or read while it is written."""
     if not recipe.output:
         return
     output = Path(recipe.output).expanduser().resolve()
@@ -308,7 +319,7 @@ def _align(recipe: Recipe, parents: dict[str, Parent], warnings: list[str]) -> A
     entry = recipe.tokenizer
     first, *others = parents
     if entry is None:
-        same = _same_files([folders[key] for key in parents])
+        same = same_tokenizer_files([folders[key] for key in parents])
         if same is not None:
             for parent in parents.values():
                 parent.tokenizer = same
@@ -353,7 +364,7 @@ def _align(recipe: Recipe, parents: dict[str, Parent], warnings: list[str]) -> A
     return alignment
 
 
-def _same_files(folders: list[Path]) -> str | None:
+def same_tokenizer_files(folders: list[Path]) -> str | None:
     """``identical`` if all folders hold the same tokenizer files byte for byte, ``none`` if none has any, else None."""
     names = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json",
              "merges.txt", "vocab.txt", "tokenizer.model", "spiece.model", "chat_template.jinja")  # fmt: skip

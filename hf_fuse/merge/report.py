@@ -62,6 +62,8 @@ def _lines(facts: dict[str, Any]) -> list[tuple[str, str]]:
         ("writes", f"{size(facts['bytes_written'])} in {len(facts['files'])} file(s), {dtypes}"),
         ("memory", f"about {size(facts['peak_memory'])} at the peak"),
     ]
+    if adapter := facts.get("adapter"):
+        lines.insert(1, ("adapter", f"{adapter['modules']} modules, {adapter['way']}"))
     if facts["tied"]:
         lines.append(("head", "tied to the embedding"))
     if facts["vocabulary"]:

@@ -299,13 +299,21 @@ class Merger:
             sink(unit, start, out)
 
     def run(self, sink: Sink, world: World, workers: Workers) -> None:
+        mine = self.prepare(world, workers)
+        with world.together():
+            workers.run(self.jobs(mine), lambda job, buffers, _: self.merge(*job, sink, buffers))
+        self.close()
+
+    def prepare(self, world: World, workers: Workers) -> list[Unit]:
+        """All that must be known of the whole model before the first block is final. Returns this rank's units."""
         self.measure_model([unit for unit in self.units if self.scope(unit) == "model"], world, workers)
         mine = world.share(self.units, lambda unit: unit.numel)
         if self.rescaling is not None:
             self.progress.phase("compute")
             self.rescaling.hold(mine, world, workers)
         self.progress.phase("merge")
-        with world.together():
-            workers.run(self.jobs(mine), lambda job, buffers, _: self.merge(*job, sink, buffers))
+        return mine
+
+    def close(self) -> None:
         if self.rescaling is not None:
             self.rescaling.close()
