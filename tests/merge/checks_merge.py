@@ -17,6 +17,8 @@ PARAMETERS: dict[str, dict] = {
     "passthrough": {"scale": 0.75},
     "wise_ft": {"alpha": 0.75},
     "nearswap": {"t": 0.03},
+    "ram": {"epsilon": 0.01},
+    "ramplus_tl": {"epsilon": 0.01},
 }
 
 EXEMPT = {
@@ -26,6 +28,9 @@ EXEMPT = {
     },
     "scale": {
         "nearswap": "t is a step in the unit of the weights",
+        "ram": "epsilon is in the unit of the weights",
+        "ramplus_tl": "epsilon is in the unit of the weights",
+        "arcee_fusion": "softmaxes of the weights themselves",
         "widen": "the scores of vectors are softmaxes of |tau|",
     },
     "idempotent": {
@@ -42,6 +47,9 @@ EXEMPT = {
         "sce": "merges where models differ only, below density 1",
         "della_linear": "adds up, and drops at random",
         "nearswap": "steps no further than t",
+        "arcee_fusion": "takes over important changes only",
+        "ram": "drops changes up to epsilon",
+        "ramplus_tl": "drops changes up to epsilon",
         "widen": "coefficients do not sum to 1 over models",
         "iso_c": "adds up and makes all singular values equal",
         "iso_cts": "makes all singular values equal",
