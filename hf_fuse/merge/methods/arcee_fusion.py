@@ -1,4 +1,4 @@
-"""Arcee Fusion: take over the most important changes of one model, the outliers of |change| times divergence."""
+"""Arcee Fusion: take over the most important changes of one model, the outliers of size times divergence."""
 
 from __future__ import annotations
 
