@@ -99,9 +99,9 @@ def read_header(path: Path) -> tuple[dict[str, TensorInfo], dict[str, str]]:
         raise bad("the header is not valid JSON") from None
     if not isinstance(header, dict) or not raw.startswith(b"{"):
         raise bad("the header is not a JSON object")
-    metadata = header.pop("__metadata__", None) or {}
-    if not isinstance(metadata, dict):
-        raise bad("the header's __metadata__ is not a JSON object")
+    metadata = header.pop("__metadata__", {})
+    if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
+        raise bad("the header's __metadata__ is not a JSON object of strings")
 
     begin = 8 + length
     tensors, spans = {}, []
@@ -181,6 +181,12 @@ def read_json(path: Path) -> dict:
     return value
 
 
+def text_part(config: dict) -> dict:
+    """Where a config describes the language model: a part of it in models that see or hear, else all of it."""
+    part = config.get("text_config")
+    return part if isinstance(part, dict) else config
+
+
 @dataclass
 class Checkpoint:
     """One model on disk. ``ref`` is what the user wrote; ``repo_id`` and ``commit`` are set if it came from the Hub."""
@@ -198,8 +204,9 @@ class Checkpoint:
 
     @property
     def architecture(self) -> str | None:
-        names = self.config.get("architectures") or []
-        return names[0] if names else self.config.get("model_type")
+        names = self.config.get("architectures")
+        name = names[0] if isinstance(names, list) and names else self.config.get("model_type")
+        return name if isinstance(name, str) else None
 
     @property
     def nbytes(self) -> int:

@@ -6,7 +6,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from hf_fuse.checkpoint.reader import Checkpoint, FilePool, TensorInfo
+from hf_fuse.checkpoint.reader import Checkpoint, FilePool, TensorInfo, text_part
 from hf_fuse.errors import CheckpointError
 
 _HEAD = re.compile(r"(^|\.)(lm_head|embed_out|output|predictions\.decoder)\.weight$")
@@ -93,9 +93,7 @@ def _verdict(checkpoint: Checkpoint, head: str | None) -> str:
     if head is None:
         return "tied"
     config = checkpoint.config
-    inner = config.get("text_config")
-    inner = inner if isinstance(inner, dict) else {}
-    declared = config.get("tie_word_embeddings", inner.get("tie_word_embeddings"))
+    declared = config.get("tie_word_embeddings", text_part(config).get("tie_word_embeddings"))
     if declared is False:
         return "untied"
     if _equal(checkpoint, head, embedding_name(checkpoint)):

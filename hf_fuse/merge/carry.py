@@ -7,7 +7,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from hf_fuse.checkpoint.reader import TORCH_NAMES, Checkpoint
+from hf_fuse.checkpoint.reader import TORCH_NAMES, Checkpoint, text_part
 
 DEPTH_KEYS = ("num_hidden_layers", "n_layer", "num_layers", "n_layers")
 # Same shapes, other function: differences in these are worth a word.
@@ -46,7 +46,7 @@ def output_config(
         layers: for each output layer (config of its first source, its index there); None if depth is unchanged.
     """
     config = copy.deepcopy(config)
-    text = config.get("text_config", config)
+    text = text_part(config)
     if out_dtype:
         for part in (config, text):
             for key in ("dtype", "torch_dtype"):
@@ -62,7 +62,7 @@ def output_config(
         for key, value in list(text.items()):
             # Lists with one entry per layer (layer_types and the like) follow the layers.
             if isinstance(value, list) and old is not None and len(value) == old and key != "architectures":
-                text[key] = [source.get("text_config", source).get(key, value)[index] for source, index in layers]
+                text[key] = [text_part(source).get(key, value)[index] for source, index in layers]
     if vocab_size is not None:
         text["vocab_size"] = vocab_size
     for key, value in special_ids.items():
