@@ -12,6 +12,8 @@ _PUBLIC = {
     "merge": "hf_fuse.merge",
     "merge_state_dicts": "hf_fuse.merge.engine",
     "extract_lora": "hf_fuse.merge.extract_lora",
+    "store": "hf_fuse.merge.extract",
+    "extract": "hf_fuse.merge.extract",
     "Recipe": "hf_fuse.recipe",
     "load_recipe": "hf_fuse.recipe",
     "inspect_models": "hf_fuse.diagnostics.task_vectors",

@@ -285,6 +285,63 @@ def extract_lora(
     print(json.dumps(found.to_dict(), indent=2)) if as_json else found.print(_console())
 
 
+@app.command(context_settings=EXTRA)
+def store(
+    context: typer.Context,
+    kind: Annotated[str, typer.Argument(help="twin or tall-masks.", show_default=False)],
+    recipe: RecipeFile,
+    output: Output = None,
+    task: Annotated[list[str] | None, typer.Option(help="Name of a model, in their order; repeatable.")] = None,
+    density: Annotated[
+        str | None, typer.Option(help="twin: share of each difference's directions to keep.", show_default=False)
+    ] = None,
+    overwrite: Overwrite = False,
+    allow_pickle: Pickle = False,
+    verify: Verify = False,
+    workers: Annotated[int | None, typer.Option(help="Threads; one per core, at most 8.", min=1)] = None,
+) -> None:
+    """Keep several fine-tunes in the room of few: twin (merged model + low-rank rest) or tall-masks (a bit per weight).
+
+    Any recipe key can be set: --parameters.lambda 0.3
+    """
+    from hf_fuse.merge.extract import store as run
+    from hf_fuse.recipe import read_yaml
+
+    options: dict[str, Any] = {"tasks": task, "overrides": _overrides(context.args), "overwrite": overwrite}
+    if density is not None:
+        if kind != "twin":
+            raise RecipeError(f"--density belongs to the store twin, not to {kind}. Leave it out.")
+        options["density"] = read_yaml(density, "--density")
+    folder = run(kind, recipe, output, allow_pickle=allow_pickle, verify=verify, workers=workers, **options)
+    print(f"store: {folder}\nbytes: {sum(path.stat().st_size for path in folder.rglob('*') if path.is_file())}")
+
+
+@app.command()
+def extract(
+    store: Annotated[Path, typer.Argument(help="A folder made by hf-fuse store.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder to make.", show_default=False)],
+    task: Annotated[str | None, typer.Option(help="The task whose model is wanted.", show_default=False)] = None,
+    weight: Annotated[
+        list[str] | None, typer.Option(help="Instead, a mix: TASK=NUMBER, repeatable (twin).", show_default=False)
+    ] = None,
+    base: Annotated[
+        str | None, typer.Option(help="tall-masks: where the base is now.", show_default=False)
+    ] = None,
+    out_dtype: Annotated[str | None, typer.Option(help="twin: dtype of the result.", show_default=False)] = None,
+    overwrite: Overwrite = False,
+    workers: Annotated[int | None, typer.Option(help="Threads; one per core, at most 8.", min=1)] = None,
+) -> None:
+    """Restore one task's model, or a mix of several, from a store."""
+    from hf_fuse.merge.extract import extract as run
+    from hf_fuse.merge.extract import parse_weights
+
+    options = {"base": base, "out_dtype": out_dtype}
+    options = {name: value for name, value in options.items() if value is not None}
+    weights = parse_weights(weight) if weight else None
+    folder = run(store, output, task=task, weights=weights, overwrite=overwrite, workers=workers, **options)
+    print(f"restored: {folder}")
+
+
 @app.command()
 def inspect(
     models: Annotated[list[str], typer.Argument(help="Fine-tuned models: folders or Hub ids.")],

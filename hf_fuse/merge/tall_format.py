@@ -7,11 +7,12 @@ import re
 from pathlib import Path
 from typing import Any
 
-from hf_fuse.checkpoint.reader import Checkpoint, FilePool, read_json
+from hf_fuse.checkpoint.reader import Checkpoint, FilePool
 from hf_fuse.errors import CheckpointError
+from hf_fuse.merge.store import STORE_FILE, read_description
 
 KIND, FORMAT = "tall-masks", 1
-STORE_FILE, VECTOR_STEM = "store.json", "multitask"
+VECTOR_STEM = "multitask"
 _PROBE = 4096  # bytes of each tensor of the base that its fingerprint covers
 
 
@@ -35,9 +36,7 @@ def read_store(store: Path) -> dict[str, Any]:
     Raises:
         CheckpointError: not a store, of another kind, or damaged.
     """
-    if not (store / STORE_FILE).is_file():
-        raise CheckpointError(f"{store}: has no {STORE_FILE}. Expected a folder made from fine-tunes by compress_tall.")
-    facts = read_json(store / STORE_FILE)
+    facts = read_description(store)
     if facts.get("kind") != KIND or facts.get("format") != FORMAT:
         raise CheckpointError(
             f"{store}: {STORE_FILE} says kind {facts.get('kind')!r}, format {facts.get('format')!r}. Expected "

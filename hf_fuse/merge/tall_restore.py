@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hf_fuse.checkpoint.reader import FLOAT_DTYPES, TensorInfo, read_header
-from hf_fuse.checkpoint.writer import exclusive_output
 from hf_fuse.errors import CheckpointError, RecipeError
+from hf_fuse.merge.store import write_restored
 from hf_fuse.merge.tall_format import KIND, fingerprint, read_store
 
 if TYPE_CHECKING:
@@ -17,7 +16,6 @@ if TYPE_CHECKING:
 
     from hf_fuse.merge.plan import Plan
     from hf_fuse.merge.sources import Buffers
-    from hf_fuse.merge.units import Unit
 
 
 def extract_tall(
@@ -45,13 +43,7 @@ def extract_tall(
     Raises:
         FuseError: no such task, another base, a damaged store, or an output that can't be made.
     """
-    import torch
-
-    from hf_fuse.merge.finish import write_companions
     from hf_fuse.merge.plan import plan
-    from hf_fuse.merge.progress import Progress
-    from hf_fuse.merge.stream import Merger
-    from hf_fuse.merge.workers import Workers, World
 
     store = Path(store).expanduser().absolute()
     facts = read_store(store)
@@ -67,29 +59,10 @@ def extract_tall(
         raise CheckpointError(
             f"{parent.ref.key}: is not the base that {store} was made with. Name the right one with `base`."
         )
-    parent.source = TallSource(
+    source = TallSource(
         parent.source, read_header(store / facts["multitask"])[0], read_header(store / facts["tasks"][task]["mask"])[0]
     )
-    folder = Path(made.recipe.output).expanduser().absolute()
-    with ExitStack() as stack:
-        progress = stack.enter_context(Progress(made.bytes_read * 2, quiet=False))
-        partial = stack.enter_context(exclusive_output(folder, overwrite=overwrite))
-        partial.create(made.layout)
-        merger = Merger(made.method, {parent.ref.key: parent.source}, made.units, torch.float32, progress=progress)
-        pool = Workers(torch.device("cpu"), torch.float32, workers)
-        stack.callback(pool.close)
-
-        def write(unit: Unit, start: int, out: Tensor) -> None:
-            for name in (unit.name, *unit.aliases):
-                partial.write(made.layout.places[name], start, memoryview(out.numpy()))
-
-        merger.run(write, World(size=1, rank=0), pool)
-        partial.sync()
-        write_companions(made, partial.folder)
-        (partial.folder / "fuse_recipe.yaml").unlink()  # it tells of the base alone; the card tells the rest
-        (partial.folder / "README.md").write_text(_card(made, facts, task, partial.folder), encoding="utf-8")
-        partial.publish()
-    return folder
+    return write_restored(made, source, _card(made, facts, task), overwrite=overwrite, workers=workers)
 
 
 class TallSource:
@@ -134,10 +107,8 @@ class TallSource:
         self.plain.raw(name, start, out, buffers)
 
 
-def _card(made: Plan, facts: dict[str, Any], task: str, folder: Path) -> str:
-    from hf_fuse.card import merge_card, read_license
-    from hf_fuse.checkpoint.tokenizer import tokenizer_files
-    from hf_fuse.merge.finish import versions
+def _card(made: Plan, facts: dict[str, Any], task: str) -> dict[str, Any]:
+    from hf_fuse.card import read_license
 
     checkpoint = made.reference.checkpoint
     model = facts["tasks"][task]["model"]
@@ -149,20 +120,12 @@ def _card(made: Plan, facts: dict[str, Any], task: str, folder: Path) -> str:
          "weight": None},
     ]  # fmt: skip
     others = len(facts["tasks"]) - 1
-    return merge_card(
-        {
-            "title": task,
-            "method": KIND,
-            "summary": "A fine-tuned model, restored from a store of TALL-masks: close to the original, not equal.",
-            "paper": "https://arxiv.org/abs/2405.07813",
-            "architecture": checkpoint.architecture,
-            "made": f"Restored with hf_fuse: the base, and of the summed changes of this and {others} other fine-tunes "
-            "those that this task's mask keeps ([paper](https://arxiv.org/abs/2405.07813)).",
-            "recipe_yaml": None,
-            "parents": rows,
-            "versions": versions(),
-            "warnings": [],
-            "figures": {},
-            "has_tokenizer": bool(tokenizer_files(folder)),
-        }
-    )
+    return {
+        "title": task,
+        "method": KIND,
+        "summary": "A fine-tuned model, restored from a store of TALL-masks: close to the original, not equal.",
+        "paper": "https://arxiv.org/abs/2405.07813",
+        "made": f"Restored with hf_fuse: the base, and of the summed changes of this and {others} other fine-tunes "
+        "those that this task's mask keeps ([paper](https://arxiv.org/abs/2405.07813)).",
+        "parents": rows,
+    }

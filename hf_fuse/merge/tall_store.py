@@ -11,7 +11,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -21,7 +20,8 @@ from typing import TYPE_CHECKING, Any
 from hf_fuse.checkpoint.reader import TORCH_NAMES
 from hf_fuse.checkpoint.writer import Layout, PartialFolder, exclusive_output, lay_out
 from hf_fuse.errors import OutputError, RecipeError
-from hf_fuse.merge.tall_format import FORMAT, KIND, STORE_FILE, VECTOR_STEM, fingerprint
+from hf_fuse.merge.store import STORE_FILE, task_names
+from hf_fuse.merge.tall_format import FORMAT, KIND, VECTOR_STEM, fingerprint
 from hf_fuse.merge.tall_restore import extract_tall
 
 if TYPE_CHECKING:
@@ -71,7 +71,8 @@ def compress_tall(
     if made.recipe.output is None:
         raise RecipeError("output: no folder is given. Pass --output DIR, or say output in the recipe.")
     folder = Path(made.recipe.output).expanduser().absolute()
-    contents = _Contents.of(made, _task_names(made, tasks))
+    models = [model for model in made.recipe.models if model.key != made.recipe.base_model.key]
+    contents = _Contents.of(made, task_names(models, tasks))
     with ExitStack() as stack:
         partial = stack.enter_context(exclusive_output(folder, overwrite=overwrite))
         partial.create(contents.layout)
@@ -97,23 +98,6 @@ def _loaded(recipe: str | Path | dict | Recipe, overrides: dict[str, Any] | None
     if useless := said & {"agreement", "lambda"}:
         raise RecipeError(f"parameters: {min(useless)} has no meaning for a store of masks. Leave it out.")
     return recipe
-
-
-def _task_names(made: Plan, tasks: Sequence[str] | None) -> dict[str, str]:
-    """Model key -> task."""
-    models = [model for model in made.recipe.models if model.key != made.recipe.base_model.key]
-    if tasks is None:
-        paths = [(model.adapter or model.path).rstrip("/") for model in models]
-        tasks = [re.sub(r"[^\w.-]", "-", Path(path).name).lstrip(".") or "model" for path in paths]
-        tasks = [name if tasks.count(name) == 1 else f"{name}-{k}" for k, name in enumerate(tasks, 1)]
-    if len(tasks) != len(models):
-        raise RecipeError(f"tasks: {len(tasks)} names for {len(models)} models.")
-    for name in tasks:
-        if not re.fullmatch(r"\w[\w.-]{0,99}", name) or list(tasks).count(name) > 1:
-            raise RecipeError(
-                f"tasks: {name!r} is not a name of its own. Expected different names of letters, digits, '.', '_', '-'."
-            )
-    return {model.key: name for model, name in zip(models, tasks)}
 
 
 @dataclass
