@@ -16,101 +16,16 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import PeftModel
 from safetensors.torch import load_file, save_file
+from tiny_adapters import adapted, bert, bind, dense, gpt2, llama, numbers, save, train, vit, wav2vec
 
 from hf_fuse.checkpoint import adapter as adapter_module
 from hf_fuse.checkpoint.adapter import BoundAdapter, base_fingerprint, is_adapter, open_adapter
-from hf_fuse.checkpoint.reader import TORCH_NAMES, Checkpoint, FilePool, TensorInfo, open_checkpoint
+from hf_fuse.checkpoint.reader import Checkpoint, open_checkpoint
 from hf_fuse.errors import CheckpointError
 
 pytestmark = pytest.mark.filterwarnings("ignore")
-
-
-def llama(layers: int = 2, hidden: int = 16, seed: int = 0, tied: bool = False, **changes):
-    torch.manual_seed(seed)
-    config = transformers.LlamaConfig(
-        hidden_size=hidden, intermediate_size=hidden * 2 + 4, num_hidden_layers=layers, num_attention_heads=4,
-        num_key_value_heads=2, vocab_size=40, max_position_embeddings=32, tie_word_embeddings=tied, **changes,
-    )  # fmt: skip
-    return transformers.LlamaForCausalLM(config)
-
-
-def gpt2():
-    torch.manual_seed(0)
-    config = transformers.GPT2Config(n_embd=16, n_layer=2, n_head=2, vocab_size=40, n_positions=32)
-    return transformers.GPT2LMHeadModel(config)
-
-
-def bert(head: type = transformers.BertForSequenceClassification):
-    torch.manual_seed(0)
-    config = transformers.BertConfig(
-        hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=24, vocab_size=40,
-        max_position_embeddings=32, num_labels=3,
-    )  # fmt: skip
-    return head(config)
-
-
-def vit():
-    torch.manual_seed(0)
-    config = transformers.ViTConfig(
-        hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=24, image_size=8, patch_size=4,
-    )  # fmt: skip
-    return transformers.ViTModel(config, add_pooling_layer=False)
-
-
-def wav2vec():
-    """Has 1-d convolutions."""
-    torch.manual_seed(0)
-    config = transformers.Wav2Vec2Config(
-        hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=24, conv_dim=(8, 8),
-        conv_stride=(2, 2), conv_kernel=(3, 2), num_feat_extract_layers=2, num_conv_pos_embeddings=4,
-        vocab_size=10,        num_conv_pos_embedding_groups=2,
-    )  # fmt: skip
-    return transformers.Wav2Vec2Model(config)
-
-
-def train(model, **settings):
-    """A PEFT model whose every trainable number has moved away from its start."""
-    peft = get_peft_model(model, LoraConfig(**{"r": 4, "lora_alpha": 6, "lora_dropout": 0.0} | settings))
-    generator = torch.Generator().manual_seed(7)
-    with torch.no_grad():
-        for parameter in peft.parameters():
-            if parameter.requires_grad:
-                parameter.add_(torch.randn(parameter.shape, generator=generator), alpha=0.3)
-    return peft
-
-
-def save(folder: Path, model, peft=None, **kwargs) -> tuple[Path, Path]:
-    base, adapter = folder / "base", folder / "adapter"
-    model.save_pretrained(base)
-    if peft is not None:
-        peft.save_pretrained(adapter, **kwargs)
-    return base, adapter
-
-
-def numbers(info: TensorInfo) -> torch.Tensor:
-    raw = torch.empty(info.nbytes, dtype=torch.uint8)
-    pool = FilePool()
-    pool.read(info, 0, memoryview(raw.numpy()))
-    pool.close()
-    return raw.view(getattr(torch, TORCH_NAMES[info.dtype])).reshape(info.shape)
-
-
-def dense(bound: BoundAdapter, name: str, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-    shape = bound.low_rank[name].shape
-    out = torch.full((math.prod(shape),), math.nan, dtype=dtype)
-    bound.delta(name, 0, out.numel(), out)
-    return out.view(shape)
-
-
-def adapted(bound: BoundAdapter) -> dict[str, torch.Tensor]:
-    infos = {**bound.base.tensors, **bound.replaced}
-    return {n: numbers(i) + (dense(bound, n) if n in bound.low_rank else 0) for n, i in infos.items()}
-
-
-def bind(base: Path, adapter: Path, **kwargs) -> BoundAdapter:
-    return open_adapter(adapter, "the-adapter").bind(open_checkpoint(str(base)), **kwargs)
 
 
 Q = "base_model.model.model.layers.0.self_attn.q_proj"

@@ -49,12 +49,14 @@ class AdapterPlan(Plan):
     config: dict[str, Any] = field(default_factory=dict)
     sources: dict[str, Any] = field(default_factory=dict)
     base_bytes: int = 0  # read of the base, once
+    cut: bool = False  # some sum of ranks exceeds the rank asked for
     # Of the tensors that were cut down: (what was left out, the whole), both squared. Known after the run.
     lost: dict[str, tuple[float, float]] = field(default_factory=dict)
 
     @property
     def dense(self) -> bool:
-        return self.method.name not in WEIGHTED_SUMS
+        """Whether dense changes have to be formed, one tensor at a time."""
+        return not in_rank_space(self.recipe, self.method)
 
     @property
     def bytes_read(self) -> int:
@@ -78,10 +80,13 @@ class AdapterPlan(Plan):
     def way(self) -> str:
         """How the ranks come about, in words."""
         ranks = sorted({pair.rank for pair in self.pairs.values()})
+        if not ranks:
+            return "tensors stored whole only"
         said = str(ranks[0]) if len(ranks) == 1 else f"{ranks[0]} to {ranks[-1]}"
         if self.dense:
-            return f"rank {said}; {self.method.name} needs dense changes: formed one tensor at a time, then cut by SVD"
-        if self.recipe.rank is None:
+            what = [self.method.name, *self.recipe.post][-1]
+            return f"rank {said}; {what} needs dense changes: formed one tensor at a time, then cut by SVD"
+        if not self.cut:
             return f"rank {said}: factors concatenated, exact"
         return f"rank {said}: truncated SVD in the space of the factors, no dense change"
 
@@ -110,10 +115,16 @@ class AdapterPlan(Plan):
         return facts | {"parents": parents, "adapter": adapter, "parameters": sum(u.numel for u in self.units)}
 
 
+def in_rank_space(recipe: Recipe, method: Method) -> bool:
+    """Whether the result can be computed from the factors alone."""
+    return method.name in WEIGHTED_SUMS and not recipe.post
+
+
 def plan_adapter(recipe: Recipe, method: Method, *, overwrite: bool, allow_pickle: bool, verify: bool) -> AdapterPlan:
     """What :func:`hf_fuse.plan` does for ``output_kind: adapter``."""
-    weighted, needs = method.name in WEIGHTED_SUMS, takes_base(method)
-    if not weighted and needs is False:
+    weighted, needs = in_rank_space(recipe, method), takes_base(method)
+    what = method.name if method.name not in WEIGHTED_SUMS else next(iter(recipe.post), method.name)
+    if method.name not in WEIGHTED_SUMS and needs is False:
         usable = [n for n in registry.names("merge") if n in WEIGHTED_SUMS or takes_base(registry.get("merge", n))]
         raise RecipeError(
             f"method: {method.name} merges whole weights, so what it makes is no low-rank change of the base. With "
@@ -123,11 +134,11 @@ def plan_adapter(recipe: Recipe, method: Method, *, overwrite: bool, allow_pickl
         recipe, base_may_be_listed=needs is not False, allow_pickle=allow_pickle, verify=verify
     )
     if not weighted and not inputs.known:
-        raise RecipeError(f"base_model: {method.name} needs the layout of the base's tensors. Name the adapters' base.")
+        raise RecipeError(f"base_model: {what} needs the layout of the base's tensors. Name the adapters' base.")
     if not weighted and recipe.rank is None:
         ranks = [max(_ranks(parent.adapter)) for parent in inputs.parents.values()]
         raise RecipeError(
-            f"rank: {method.name} makes changes of full rank, which have to be cut down. Say for example rank: "
+            f"rank: {what} makes changes of full rank, which have to be cut down. Say for example rank: "
             f"{sum(ranks)} (the sum of the adapters' ranks)."
         )
     whole = adapter_inputs.whole_tensors(inputs)
@@ -224,6 +235,7 @@ def _describe(plan: AdapterPlan, whole: Mapping[str, Whole]) -> None:
             continue
         rank = sum(change.rank for change in changes) or 1
         if recipe.rank is not None and (plan.dense or rank > recipe.rank):
+            plan.cut = True
             rank = min(recipe.rank, unit.shape[0], unit.numel // unit.shape[0])
         first = next(adapter.low_rank[unit.name] for adapter in _bound(inputs) if unit.name in adapter.low_rank)
         pair = Pair(module, unit.shape, rank, first.transposed, "lora_embedding_" in first.up.name)
