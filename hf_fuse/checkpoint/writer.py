@@ -256,6 +256,8 @@ def _clear_leftovers(output: Path, killed: bool) -> None:
 
 def check_output(output: Path, overwrite: bool) -> None:
     """Refuses an output that exists. ``overwrite`` replaces only what looks like a model folder or is empty."""
+    if output.name in ("", ".."):
+        raise OutputError(f"{output}: is not the name of a folder to make. Choose another output.")
     if not output.exists() and not output.is_symlink():
         return
     if output.is_symlink() or not output.is_dir():
