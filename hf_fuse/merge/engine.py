@@ -130,7 +130,9 @@ def merge(
             if world.leads:
                 from hf_fuse.merge.finish import write_companions
 
-                write_companions(made, partial.folder, merger.rescaling.record if merger.rescaling else None)
+                if merger.rescaling is not None:
+                    made.record = merger.rescaling.record
+                write_companions(made, partial.folder)
                 partial.publish()
     return _pushed(folder, target if world.leads else None)
 

@@ -20,12 +20,8 @@ from hf_fuse.recipe import ModelRef, Recipe, dump_recipe
 RECIPE_FILE = "fuse_recipe.yaml"
 
 
-def write_companions(plan: Plan, folder: Path, record: dict[str, Any] | None = None) -> None:
-    """Writes everything but the weights into ``folder``. Deterministic: no dates, no paths of this machine.
-
-    Args:
-        record: parameters with which a later merge goes on from this one.
-    """
+def write_companions(plan: Plan, folder: Path) -> None:
+    """Writes everything but the weights into ``folder``. Deterministic: no dates, no paths of this machine."""
     donor = plan.reference
     if donor.checkpoint.config:
         write_json(folder / "config.json", _config(plan))
@@ -45,8 +41,9 @@ def write_companions(plan: Plan, folder: Path, record: dict[str, Any] | None = N
         text = chat_template(plan.recipe.chat_template, tokenizers)
         (folder / "chat_template.jinja").write_text(text, encoding="utf-8")
     resolved = resolved_recipe(plan)
-    if record:
-        resolved.provenance |= {"continuation": {"base": base_fingerprint(donor.checkpoint), "parameters": record}}
+    if plan.record:
+        base = base_fingerprint(donor.checkpoint)
+        resolved.provenance |= {"continuation": {"base": base, "parameters": plan.record}}
     (folder / RECIPE_FILE).write_text(dump_recipe(resolved), encoding="utf-8")
     (folder / "README.md").write_text(_card(plan, resolved, folder), encoding="utf-8")
 

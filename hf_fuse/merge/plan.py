@@ -82,6 +82,8 @@ class Plan:
     tying: Tying
     alignment: Alignment | None = None
     warnings: list[str] = field(default_factory=list)
+    # Found out by merging: the parameters with which a later merge goes on from this one.
+    record: dict[str, Any] = field(default_factory=dict)
 
     @property
     def reference(self) -> Parent:
