@@ -324,9 +324,7 @@ def extract(
     weight: Annotated[
         list[str] | None, typer.Option(help="Instead, a mix: TASK=NUMBER, repeatable (twin).", show_default=False)
     ] = None,
-    base: Annotated[
-        str | None, typer.Option(help="tall-masks: where the base is now.", show_default=False)
-    ] = None,
+    base: Annotated[str | None, typer.Option(help="tall-masks: where the base is now.", show_default=False)] = None,
     out_dtype: Annotated[str | None, typer.Option(help="twin: dtype of the result.", show_default=False)] = None,
     overwrite: Overwrite = False,
     workers: Annotated[int | None, typer.Option(help="Threads; one per core, at most 8.", min=1)] = None,

@@ -88,9 +88,9 @@ def test_somebody_else_pushed_since_the_plan(hub, repo_id, parents, tmp_path, mo
     hub.add_repo(repo_id, {"README.md": b"theirs"})
     write = finish.write_companions
 
-    def meanwhile(plan, folder):
+    def meanwhile(*arguments):
         hub.add_commit(repo_id, {"notes.txt": b"somebody else"})
-        write(plan, folder)
+        write(*arguments)
 
     monkeypatch.setattr(finish, "write_companions", meanwhile)
     with pytest.raises(FuseError, match="someone pushed to 'main' since you planned"):
