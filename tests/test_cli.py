@@ -35,9 +35,13 @@ def test_list(capsys):
     run("list", "ties")
     shown = capsys.readouterr().out
     assert "density" in shown and "method: ties" in shown and "arxiv.org" in shown
+    run("list", "subspace_boosting")
+    shown = capsys.readouterr().out
+    assert "post:\n  subspace_boosting:\n    beta: 0.2" in shown and "spectral:" not in shown
     run("list", "--json")
     facts = json.loads(capsys.readouterr().out)
-    assert {entry["name"] for entry in facts} == set(registry.names("merge"))
+    assert {entry["name"] for entry in facts if entry["kind"] == "merge"} == set(registry.names("merge"))
+    assert {entry["name"] for entry in facts if entry["kind"] == "post"} == set(registry.names("post"))
     assert all(option["meaning"] for entry in facts for option in entry["parameters"].values())
 
 

@@ -146,9 +146,7 @@ for name, recipe in recipes.items():
 
 def test_every_kind_of_method_and_failures(family: Family, tmp_path: Path) -> None:
     """Element by element, two kinds of statistics, random; and in between, merges that fail in one of the processes."""
-    methods = ["linear", "ties", "dare_ties", "model_stock"]
-    if "tsv_m" in hf_fuse.registry.names("merge"):
-        methods.append("tsv_m")
+    methods = ["linear", "ties", "dare_ties", "model_stock", "tsv_m", "opcm"]
     recipes = {method: recipe_of(method, family) for method in methods}
     spoilt = tmp_path / "spoilt"
     shutil.copytree(family.tuned[0], spoilt)

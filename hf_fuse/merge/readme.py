@@ -20,6 +20,11 @@ def method_table() -> str:
         title = f"[`{name}`]({facts['paper']})" if facts["paper"] else f"`{name}`"
         options = ", ".join(f"`{option}`" for option in facts["parameters"])
         lines.append(f"| {title} | {facts['summary']} | {facts['models']} | {BASE[facts['base']]} | {options} |")
+    lines += ["", "Steps for a recipe's `post`:", "", "| step | what it does | parameters |", "|---|---|---|"]
+    for name in registry.names("post"):
+        facts = method_facts(registry.get("post", name))
+        options = ", ".join(f"`{option}`" for option in facts["parameters"])
+        lines.append(f"| [`{name}`]({facts['paper']}) | {facts['summary']} | {options} |")
     return "\n".join(lines)
 
 

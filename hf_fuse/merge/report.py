@@ -75,17 +75,29 @@ def _lines(facts: dict[str, Any]) -> list[tuple[str, str]]:
     return lines
 
 
+def find(name: str) -> Method:
+    """A merge method, or a step for a recipe's ``post``, by name."""
+    return registry.get("post" if name in registry.names("post") else "merge", name)
+
+
+def listed() -> list[Method]:
+    """All merge methods, then all steps."""
+    return [registry.get(kind, name) for kind in ("merge", "post") for name in registry.names(kind)]
+
+
 def method_facts(method: Method) -> dict[str, Any]:
-    """What ``hf-fuse list --json`` says about one merge method."""
+    """What ``hf-fuse list --json`` says about one merge method, or step (``kind`` is ``post``)."""
     from hf_fuse.merge.units import takes_base
 
     low, high = getattr(method.module, "MODELS", (1, None))
     meanings = described_arguments(method)
+    needs_base = True if method.kind == "post" else takes_base(method)
     return {
         "name": method.name,
+        "kind": method.kind,
         "summary": method.summary,
         "paper": method.paper,
-        "base": {True: "required", False: "no", None: "optional"}[takes_base(method)],
+        "base": {True: "required", False: "no", None: "optional"}[needs_base],
         "models": f"{low}" if low == high else f"{low}+" if high is None else f"{low}-{high}",
         "parameters": {
             option.name: {
@@ -93,6 +105,7 @@ def method_facts(method: Method) -> dict[str, Any]:
                 "default": None if option.required else option.default,
                 "required": option.required,
                 "per_model": option.per_model,
+                "by_name": option.name in getattr(method.module, "DEFAULTS", {}),
                 "meaning": meanings.get(option.keyword, ""),
             }
             for option in method.options.values()
@@ -114,29 +127,37 @@ def print_methods(console: Console) -> None:
     table.add_column("what it does")
     table.add_column("needs", no_wrap=True)
     table.add_column("paper", no_wrap=True)
-    for name in registry.names("merge"):
-        facts = method_facts(registry.get("merge", name))
+    for method in listed():
+        facts = method_facts(method)
         base = {"required": "base, ", "optional": "(base), ", "no": ""}[facts["base"]]
+        needs = "base, post" if method.kind == "post" else f"{base}{facts['models']}"
         paper = (facts["paper"] or "").removeprefix("https://").replace("arxiv.org/abs/", "arXiv:")
-        table.add_row(name, facts["summary"].removesuffix("."), f"{base}{facts['models']}", paper.split("/")[0])
+        table.add_row(method.name, facts["summary"].removesuffix("."), needs, paper.split("/")[0])
     console.print(table)
-    console.print("needs: models to merge, besides the base. hf-fuse list METHOD shows parameters and a recipe.")
+    console.print(
+        "needs: models to merge, besides the base; post: a step after any merge of differences from a base. "
+        "hf-fuse list METHOD shows parameters and a recipe."
+    )
 
 
 def print_method(name: str, console: Console) -> None:
-    method = registry.get("merge", name)
+    method = find(name)
     facts = method_facts(method)
     console.print(f"[bold]{name}[/]: {facts['summary']}", highlight=False)
     if facts["paper"]:
         console.print(facts["paper"])
     formula = inspect.cleandoc(method.function.__doc__ or "").split("\n\n")[0].replace("``", "")
     console.print(formula, highlight=False, markup=False)
-    console.print(f"models: {facts['models']}, base: {facts['base']}", highlight=False)
+    if method.kind == "post":
+        console.print("a step after any merge of differences from a base: the recipe's post", highlight=False)
+    else:
+        console.print(f"models: {facts['models']}, base: {facts['base']}", highlight=False)
     table = Table(box=SIMPLE_HEAD, pad_edge=False)
     for column in ("parameter", "type", "default", "meaning"):
         table.add_column(column, overflow="fold")
     for key, option in facts["parameters"].items():
         default = "required" if option["required"] else str(option["default"])
+        default += ", by name" if option["by_name"] else ""
         table.add_row(key, option["type"], default, option["meaning"].replace("``", ""))
     console.print(table)
     console.print("recipe:", style="bold")
@@ -145,16 +166,21 @@ def print_method(name: str, console: Console) -> None:
 
 def example_recipe(facts: dict[str, Any]) -> str:
     """A recipe to paste, with every parameter at its default."""
-    count = {"1": 1}.get(facts["models"], 2)
-    lines = [f"method: {facts['name']}"]
+    count, step = {"1": 1}.get(facts["models"], 2), facts["kind"] == "post"
+    lines = [f"method: {'task_arithmetic' if step else facts['name']}"]
     if facts["base"] == "required":
         lines.append("base_model: path/or/org-name")
     lines.append("models:")
     lines += [f"  - path: path/of/model-{k + 1}" for k in range(count)]
-    if facts["parameters"]:
+    if step:
+        lines += ["post:", f"  {facts['name']}:"]
+    elif facts["parameters"]:
         lines.append("parameters:")
+    if facts["parameters"]:
         for name, option in facts["parameters"].items():
             default = option["default"]
+            if option["by_name"]:
+                continue  # one value for all tensors would not be the default
             text = str(default).lower() if isinstance(default, bool) else default
-            lines.append(f"  {name}: {text}")
+            lines.append(f"{'    ' if step else '  '}{name}: {text}")
     return "\n".join(lines)
