@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from importlib import import_module
 
+from hf_fuse._peft_import import register_with_peft
+
 __version__ = "0.1.0"
 
 # Public name -> module that defines it. Loaded on first use, so that `import hf_fuse` costs nothing.
@@ -22,6 +24,8 @@ _PUBLIC = {
     "FuseError": "hf_fuse.errors",
 }
 __all__ = [*_PUBLIC, "__version__"]
+
+register_with_peft()
 
 
 def __getattr__(name: str):
