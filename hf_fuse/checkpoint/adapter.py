@@ -128,7 +128,8 @@ class BoundAdapter:
             block = left[first : first + rows]
             # A fresh aligned block: BLAS may round differently when its output starts elsewhere in memory.
             product = torch.empty(block.shape[0], width, dtype=out.dtype)
-            torch.addmm(product, block, right, beta=0, alpha=scale, out=product)
+            # The scale after the product: with more than one thread BLAS may apply its own alpha in another place.
+            torch.mm(block, right, out=product).mul_(scale)
             lo, hi = max(start, begin), min(stop, begin + product.numel())
             out[lo - start : hi - start] = product.view(-1)[lo - begin : hi - begin]
 
