@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import copy
 import re
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
@@ -224,22 +225,24 @@ def read_yaml(text: str, name: str = "recipe") -> Any:
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         line = f" line {mark.line + 1}" if mark else ""
-        raise RecipeError(f"{name}{line}: not valid YAML ({getattr(error, 'problem', None) or error}).") from None
+        problem = getattr(error, "problem", None) or error
+        if "another document" in str(problem):
+            raise RecipeError(f"{name}{line}: a second document begins. Expected one recipe per file.") from None
+        raise RecipeError(f"{name}{line}: not valid YAML ({problem}).") from None
     except RecipeError as error:
         raise RecipeError(f"{name} {error}") from None
 
 
-def load_recipe(source: str | Path | dict | Recipe, overrides: dict[str, Any] | None = None) -> Recipe:
-    """Reads a recipe from a YAML file, a dictionary or a Recipe; ``overrides`` are dotted keys
-    (``{"parameters.density": 0.3, "models.0.weight": 2}``) and win.
-
-    Relative paths are those of the working directory, as on the command line.
+def read_mapping(
+    source: str | Path | dict | BaseModel, overrides: dict[str, Any] | None, expected: str
+) -> tuple[dict[str, Any], str]:
+    """A recipe of any kind with its overrides, not yet validated, and its name for messages.
 
     Raises:
-        RecipeError: no such file, not YAML, unknown key (with the nearest name), wrong type; one message each.
+        RecipeError: the file can't be read, is not a mapping (``expected`` says of what), or an override has no place.
     """
     name = "recipe"
-    if isinstance(source, Recipe):
+    if isinstance(source, BaseModel):
         data: Any = source.model_dump(exclude_unset=True)
     elif isinstance(source, dict):
         data = copy.deepcopy(source)
@@ -253,15 +256,32 @@ def load_recipe(source: str | Path | dict | Recipe, overrides: dict[str, Any] | 
             raise RecipeError(f"{source}: cannot be read ({reason}). Expected a recipe in YAML.") from None
         data = read_yaml(text, name)
     if not isinstance(data, dict):
-        raise RecipeError(f"{name}: expected a mapping with at least 'method' and 'models'.")
+        raise RecipeError(f"{name}: expected a mapping with at least {expected}.")
     for key, value in (overrides or {}).items():
         _override(data, key, value, name)
+    return data, name
+
+
+def load_recipe(source: str | Path | dict | Recipe, overrides: dict[str, Any] | None = None) -> Recipe:
+    """Reads a recipe from a YAML file, a dictionary or a Recipe; ``overrides`` are dotted keys
+    (``{"parameters.density": 0.3, "models.0.weight": 2}``) and win.
+
+    Relative paths are those of the working directory, as on the command line.
+
+    Raises:
+        RecipeError: no such file, not YAML, unknown key (with the nearest name), wrong type; one message each.
+    """
+    data, name = read_mapping(source, overrides, "'method' and 'models'")
     if "merge_method" in data:
         from hf_fuse.recipe_mergekit import translate
 
         # What mergekit has no word for may be said with ours, on the command line or in the file.
         ours = {key: data.pop(key) for key in OURS if key in data}
         data = translate(data, name) | ours
+    elif "experts" in data and "method" not in data:
+        raise RecipeError(
+            f"{name}: has experts and no method, as mergekit-moe's files do. Expected a merge: method and models."
+        )
     try:
         return Recipe.model_validate(data)
     except ValidationError as error:
@@ -304,16 +324,19 @@ def explain(error: ValidationError, model: type[BaseModel]) -> str:
 def _fields(model: type[BaseModel], location: list) -> list[str]:
     """Field names of the model that a location of pydantic's points into."""
     for part in location:
-        if not isinstance(part, str) or part not in model.model_fields:
-            continue
-        found = re.findall(r"\b(ModelEntry|ModelRef|SliceSource|Slice|TokenSource|TokenizerEntry|PushEntry)\b",
-                           str(model.model_fields[part].annotation))  # fmt: skip
-        if found:
-            model = globals()[found[0]]
+        if isinstance(part, str) and part in model.model_fields:
+            model = next(_models_in(model.model_fields[part].annotation), model)
     return list(model.model_fields)
 
 
-def dump_recipe(recipe: Recipe) -> str:
+def _models_in(annotation: Any) -> Iterator[type[BaseModel]]:
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        yield annotation
+    for argument in get_args(annotation):
+        yield from _models_in(argument)
+
+
+def dump_recipe(recipe: BaseModel) -> str:
     """The recipe as YAML, keys in the order of the class, only what was set."""
     data = recipe.model_dump(exclude_unset=True, exclude_none=True)
     return yaml.safe_dump(data, sort_keys=False, allow_unicode=True, width=100)
