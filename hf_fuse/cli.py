@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import atexit
-import contextlib
 import json
 import os
 import signal
@@ -36,9 +35,15 @@ Verify = Annotated[bool, typer.Option("--verify", help="Compare Hub inputs with 
 
 
 def main() -> None:
-    """Entry point of ``hf-fuse`` and ``python -m hf_fuse``. An expected failure is one line and exit status 1."""
-    debug = "--debug" in sys.argv
-    arguments = [argument for argument in sys.argv[1:] if argument != "--debug"] or ["--help"]
+    """Entry point of ``hf-fuse`` and ``python -m hf_fuse``: ends the process."""
+    run_command(sys.argv[1:])
+    _leave()
+
+
+def run_command(arguments: list[str]) -> None:
+    """Runs one command. An expected failure is one line on stderr and SystemExit with status 1."""
+    debug = "--debug" in arguments
+    arguments = [argument for argument in arguments if argument != "--debug"] or ["--help"]
     # Ended by a scheduler or a launcher, a merge cleans up as after Ctrl-C.
     signal.signal(signal.SIGTERM, _terminate)
     try:
@@ -55,21 +60,27 @@ def main() -> None:
         _fail("stopped; no output was left behind", debug, status=INTERRUPTED)
     except BrokenPipeError:
         raise SystemExit(0) from None
+    except OSError as error:
+        _fail(f"{error.filename or 'output'}: {error.strerror or error}", debug)
     except Exception as error:
         if hasattr(error, "format_message"):  # click's usage errors
             _fail(error.format_message(), debug, status=2)
         _fail(f"{type(error).__name__}: {error}. This is a fault of hf_fuse; --debug shows where.", debug)
-    _leave()
 
 
 def _leave() -> None:
     """Ends the process after everything that was to be done at exit, but without taking the libraries' objects apart
     one by one: with torch loaded that costs half a second, as much as merging half a billion numbers."""
     atexit._run_exitfuncs()
-    with contextlib.suppress(OSError):
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(0)
+    status = 0
+    for stream in filter(None, (sys.stdout, sys.stderr)):  # None: closed by whoever started us
+        try:
+            stream.flush()
+        except BrokenPipeError:
+            pass
+        except OSError:
+            status = 1
+    os._exit(status)
 
 
 def _fail(message: str, debug: bool, status: int = 1) -> None:

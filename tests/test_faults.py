@@ -812,9 +812,8 @@ def test_fault_from_python(row: Row, old_output: bool, case: Case) -> None:
 def test_fault_on_the_command_line(row: Row, case: Case, capsys: pytest.CaptureFixture[str]) -> None:
     prepared(row, case, old_output=True)
     before = state_of(row, case)
-    case.patch.setattr(sys, "argv", ["hf-fuse", *arguments(case)])
     with pytest.raises(SystemExit) as ended:
-        cli.main()
+        cli.run_command(arguments(case))
     assert ended.value.code == 1
     printed = capsys.readouterr()
     assert printed.out == ""
@@ -899,8 +898,7 @@ def test_mixed_dtypes_are_shown(case: Case, capsys: pytest.CaptureFixture[str]) 
         {"F32": count}, {"BF16": count}, {"F32": count - 1, "F16": 1},
     ]  # fmt: skip
     case.options = {"output": case.output}
-    case.patch.setattr(sys, "argv", ["hf-fuse", "plan", *arguments(case)[1:]])
-    cli.main()
+    cli.run_command(["plan", *arguments(case)[1:]])
     assert "BF16" in capsys.readouterr().out
     hf_fuse.merge(case.recipe, case.output)
     assert {value.dtype for value in load_weights(case.output).values()} == {torch.float32}
@@ -910,8 +908,7 @@ def test_code_of_a_model_is_noted_and_left_behind(case: Case, capsys: pytest.Cap
     case.edit_json(case.base / "config.json", auto_map={"AutoModel": "modeling.Own"})
     (case.base / "modeling.py").write_text("raise SystemExit('executed')")
     case.options = {"output": case.output}
-    case.patch.setattr(sys, "argv", ["hf-fuse", *arguments(case)])
-    cli.main()
+    cli.run_command(arguments(case))
     assert "auto_map" in capsys.readouterr().err
     assert not list(case.output.rglob("*.py"))
     assert "auto_map" not in json.loads((case.output / "config.json").read_text())
