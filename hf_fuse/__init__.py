@@ -21,6 +21,12 @@ _PUBLIC = {
     "inspect_models": "hf_fuse.diagnostics.task_vectors",
     "evaluate_models": "hf_fuse.evaluation",
     "push": "hf_fuse.hub",
+    "MixLoraConfig": "hf_fuse.adapters.mixlora",
+    "DynMoleConfig": "hf_fuse.adapters.dynmole",
+    "MolaConfig": "hf_fuse.adapters.mola",
+    "LoraMoeConfig": "hf_fuse.adapters.loramoe",
+    "HydraLoraConfig": "hf_fuse.adapters.hydralora",
+    "router_statistics": "hf_fuse.adapters.router_collector",
     "FuseError": "hf_fuse.errors",
 }
 __all__ = [*_PUBLIC, "__version__"]
