@@ -2,7 +2,11 @@
 
 Where mergekit's methods differ from the papers, the recipe asks for mergekit's formula. ``dialect: mergekit`` in the
 recipe tells the engine its reading of filters (parts of the tensor's name) and gradients. Differences that stay: all
-arithmetic is done in fp32 (``dtype`` is the type of the output), misspelt keys are errors, random draws are ours.
+arithmetic is done in fp32 (``dtype`` is the type of the output), misspelt keys are errors, random draws are ours. SCE
+weighs models by their changes however small these are (mergekit: equally, below a mean square of 1e-6), and Arcee
+Fusion's quartiles are exact. Not expressible, and refused by name: rescaling after trimming (``rescale: true`` of ties
+and breadcrumbs), modules of a model with several, ``override_architecture``, and the schemas of ``mergekit-moe`` and
+``mergekit-multi``.
 """
 
 from __future__ import annotations

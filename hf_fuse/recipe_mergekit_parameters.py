@@ -67,9 +67,18 @@ WEIGHT = Parameter(per_model=True, required=True, target="weight")
 DENSITY = Parameter(per_model=True, target="density", default=1.0)
 NORMALIZE = Parameter(bool, target="normalize")
 LAMBDA = Parameter(target="lambda")
+LAMBDA_1 = Parameter(target="lambda", default=1.0)
 RESCALE = Parameter(bool, target="rescale", default="l1_norm", convert=_norm)
 NO_RESCALE = Parameter(bool, only=False)
-_DARE = {"weight": WEIGHT, "density": DENSITY, "normalize": NORMALIZE, "lambda": LAMBDA, "rescale": RESCALE}
+_SUM = {"weight": WEIGHT, "normalize": NORMALIZE, "lambda": LAMBDA}
+_DARE = _SUM | {"density": DENSITY, "rescale": RESCALE}
+_DELLA = _DARE | {"epsilon": Parameter(per_model=True, target="epsilon", default=0.15), "lambda": LAMBDA_1}
+_CRUMBS = _SUM | {
+    "lambda": LAMBDA_1,
+    "density": DENSITY,
+    "gamma": Parameter(per_model=True, target="gamma", default=0.01),
+    "rescale": NO_RESCALE,
+}
 
 METHODS = {
     "linear": MethodRule({"weight": WEIGHT, "normalize": NORMALIZE}, base="ignored"),
@@ -84,28 +93,44 @@ METHODS = {
         base="optional",
         models=(2, 2),
     ),
-    "task_arithmetic": MethodRule({"weight": WEIGHT, "normalize": NORMALIZE, "lambda": LAMBDA}),
+    "multislerp": MethodRule(
+        {
+            "weight": WEIGHT,
+            "normalize_weights": Parameter(bool, target="normalize"),
+            # Only guards divisions there; directions that balance out are told relative to their lengths here.
+            "eps": Parameter(only=1e-8),
+        },
+        base="optional",
+    ),
+    "karcher": MethodRule(
+        {"max_iter": Parameter(target="max_iter"), "tol": Parameter(target="tol")}, base="ignored"
+    ),
+    "task_arithmetic": MethodRule(_SUM),
     "ties": MethodRule(
-        {"weight": WEIGHT, "density": DENSITY, "normalize": NORMALIZE, "lambda": LAMBDA, "rescale": NO_RESCALE},
+        _SUM | {"density": DENSITY, "rescale": NO_RESCALE},
         fixed={"scope": "tensor", "trim": "exact", "tie": "positive"},
     ),
     "dare_linear": MethodRule(_DARE),
     "dare_ties": MethodRule(_DARE),
+    "della": MethodRule(_DELLA),
+    "della_linear": MethodRule(_DELLA),
+    "breadcrumbs": MethodRule(_CRUMBS, fixed={"precedence": "density"}),
+    "breadcrumbs_ties": MethodRule(_CRUMBS, fixed={"precedence": "density"}),
+    "sce": MethodRule({"select_topk": Parameter(target="density", default=1.0)}, models=(2, None)),
+    "ram": MethodRule({"epsilon": Parameter(target="epsilon")}),
+    "ramplus_tl": MethodRule(
+        {"epsilon": Parameter(target="epsilon"), "r": Parameter(target="r"), "alpha": Parameter(target="alpha")}
+    ),
+    "nearswap": MethodRule({"t": Parameter(required=True, target="t")}, models=(1, 1)),
+    "arcee_fusion": MethodRule({}, models=(1, 1)),
     "model_stock": MethodRule(
         {"filter_wise": Parameter(bool, target="rows")}, models=(2, None), fixed={"clamp": False}
     ),
     "passthrough": MethodRule({"scale": Parameter(per_model=True, target="scale")}, base="ignored", models=(1, 1)),
 }  # fmt: skip
-UNSUPPORTED = (
-    "arcee_fusion", "breadcrumbs", "breadcrumbs_ties", "della", "della_linear", "karcher", "multislerp", "nearswap",
-    "ram", "ramplus_tl", "sce",
-)  # fmt: skip
 NOT_GIVEN = "given by no filter"
 # Parameters of any method of any version. mergekit passes over those that the method does not read.
-KNOWN = {name for rule in METHODS.values() for name in rule.parameters} | {
-    "alpha", "embed_slerp", "eps", "epsilon", "gamma", "int8_mask", "max_iter", "normalize_weights", "r",
-    "select_topk", "tol",
-}  # fmt: skip
+KNOWN = {name for rule in METHODS.values() for name in rule.parameters} | {"embed_slerp", "int8_mask"}
 # Saves memory in mergekit, and is in very many files where it does nothing at all.
 SILENT = {"int8_mask"}
 
@@ -114,15 +139,11 @@ def method_rule(name: Any, file: str) -> MethodRule:
     """The rule of a ``merge_method``.
 
     Raises:
-        RecipeError: no method of mergekit, or one that is not supported.
+        RecipeError: mergekit has no such method.
     """
     if isinstance(name, str) and name in METHODS:
         return METHODS[name]
-    if name in UNSUPPORTED:
-        raise RecipeError(
-            f"{file}: merge_method {name!r} of mergekit is not supported. Supported: {', '.join(METHODS)}."
-        )
-    raise RecipeError(f"{file}: merge_method {name!r} is unknown. {nearest(str(name), [*METHODS, *UNSUPPORTED])}")
+    raise RecipeError(f"{file}: merge_method {name!r} is unknown. {nearest(str(name), METHODS)}")
 
 
 def translate_parameters(method: str, raw: Any, where: str, *, at_model: bool) -> dict[str, Any]:
@@ -145,10 +166,12 @@ def translate_parameters(method: str, raw: Any, where: str, *, at_model: bool) -
                 logger.warning("%s.%s: mergekit's %s does not read this parameter. Ignored.", where, name, method)
             continue
         setting = _setting(value, parameter, f"{where}.{name}")
+        if name == "density" and _largest(setting) > 1:
+            logger.warning("%s.density: above 1 everything is kept, as at 1. Is it a percentage?", where)
         if at_model and not parameter.per_model:
             logger.warning("%s.%s: mergekit reads this from slices or the whole file only. Ignored.", where, name)
         elif parameter.only is not None:
-            if setting is not parameter.only:
+            if setting != parameter.only:
                 only = str(parameter.only).lower()
                 raise RecipeError(f"{where}.{name}: {method} is supported with {name}: {only} only. Remove the key.")
         else:
@@ -186,6 +209,12 @@ def _setting(value: Any, parameter: Parameter, where: str) -> Any:
         if "filter" not in condition:
             break  # nothing gets past it
     return conditions
+
+
+def _largest(setting: Any) -> float:
+    if isinstance(setting, dict):
+        return _largest(setting["value"])
+    return max(map(_largest, setting)) if isinstance(setting, list) else setting
 
 
 def _scalar(value: Any, parameter: Parameter, where: str) -> Any:

@@ -1,29 +1,21 @@
-"""mergekit's YAML: what it is translated to, what stops, and that the merged numbers follow mergekit's formulas."""
+"""mergekit's YAML: what it is translated to, and what stops."""
 
 from __future__ import annotations
 
-import json
 import logging
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from safetensors.torch import load_file, save_file
-from torch import Tensor
 
-import hf_fuse
-from hf_fuse.errors import FuseError, RecipeError
-from hf_fuse.merge.parameters import resolve_value
+from hf_fuse.errors import RecipeError
+from hf_fuse.merge.parameters import option_value, resolve_value
 from hf_fuse.recipe import load_recipe, read_yaml
 from hf_fuse.recipe_mergekit import translate
-from hf_fuse.recipe_mergekit_parameters import METHODS, UNSUPPORTED, first_found
+from hf_fuse.recipe_mergekit_parameters import METHODS, first_found
 from hf_fuse.registry import get
-
-LAYERS, WIDTH, VOCABULARY = 4, 8, 12
-State = dict[str, Tensor]
 
 
 def recipe_of(text: str) -> dict[str, Any]:
@@ -236,16 +228,54 @@ def test_every_translated_parameter_is_an_option_of_our_method(method: str):
             assert options["weight"].per_model, name
 
 
-def test_defaults_that_the_translation_relies_on():
-    """Where no default is written into the recipe, ours must be mergekit's."""
-    ours = {(m, o.name): o.default for m in METHODS for o in get("merge", m).options.values()}
-    mergekits = {
-        ("linear", "normalize"): True, ("task_arithmetic", "normalize"): False, ("task_arithmetic", "lambda"): 1.0,
-        ("ties", "normalize"): True, ("ties", "lambda"): 1.0, ("dare_linear", "normalize"): False,
-        ("dare_ties", "normalize"): False, ("dare_ties", "lambda"): 1.0, ("nuslerp", "axis"): "tensor",
-        ("model_stock", "rows"): False, ("passthrough", "scale"): 1.0, ("slerp", "threshold"): 0.9995,
-    }  # fmt: skip
-    assert {key: ours[key] for key in mergekits} == mergekits
+# What mergekit does where a file says nothing.
+MERGEKITS_DEFAULTS = {
+    "linear": {"normalize": True},
+    "slerp": {"threshold": 0.9995},
+    "nuslerp": {"axis": "tensor"},
+    "multislerp": {"normalize": True},
+    "karcher": {"max_iter": 10, "tol": 1e-5, "weight": 1.0},
+    "task_arithmetic": {"normalize": False, "lambda": 1.0},
+    "ties": {"normalize": True, "lambda": 1.0, "density": 1.0, "scope": "tensor", "trim": "exact", "tie": "positive"},
+    "dare_linear": {"normalize": False, "lambda": 1.0, "density": 1.0, "rescale": "l1_norm"},
+    "dare_ties": {"normalize": False, "lambda": 1.0, "density": 1.0, "rescale": "l1_norm"},
+    "della": {"normalize": True, "lambda": 1.0, "density": 1.0, "rescale": "l1_norm", "epsilon": 0.15, "ranks": "row"},
+    "della_linear": {
+        "normalize": False, "lambda": 1.0, "density": 1.0, "rescale": "l1_norm", "epsilon": 0.15, "ranks": "row"
+    },
+    "breadcrumbs": {
+        "normalize": False, "lambda": 1.0, "density": 1.0, "gamma": 0.01, "precedence": "density", "scope": "tensor"
+    },
+    "breadcrumbs_ties": {
+        "normalize": False, "lambda": 1.0, "density": 1.0, "gamma": 0.01, "precedence": "density", "scope": "tensor"
+    },
+    "sce": {"density": 1.0},
+    "ram": {"epsilon": 1e-5},
+    "ramplus_tl": {"epsilon": 1e-5, "r": 0.1, "alpha": 0.2},
+    "nearswap": {"t": 0.1},  # required: what the file says
+    "arcee_fusion": {},
+    "model_stock": {"rows": False, "clamp": False},
+    "passthrough": {"scale": 1.0},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_what_a_file_leaves_out_is_mergekits_default(method: str):
+    """Written into the recipe, or ours anyway."""
+    rule = METHODS[method]
+    required = {name: 0.1 for name, parameter in rule.parameters.items() if parameter.required}
+    models = [{"model": name} for name in "abc"[: rule.models[1] or 3]]
+    recipe = translate(
+        {"merge_method": method, "models": models, "parameters": required}
+        | ({"base_model": "base"} if rule.base == "required" else {}),
+        "file.yml",
+    )
+    defaults = {option.name: option.default for option in get("merge", method).options.values()}
+    effective = defaults | recipe.get("parameters", {})
+    expected = MERGEKITS_DEFAULTS[method]
+    assert {name: effective[name] for name in expected} == expected
+    said = set(expected) | {"weight", "t"}
+    assert set(defaults) <= said, "an option whose default in mergekit is not stated here"
 
 
 # --- what stops ------------------------------------------------------------------------------------------
@@ -262,6 +292,21 @@ TA = "{merge_method: task_arithmetic, base_model: base"
         (TA + ", models: [{model: a}]}", ["models.0", "'weight'", "for a"]),
         (TA + ", models: [{model: a}, {model: a}], parameters: {weight: 1}}", ["models.1", "twice"]),
         (TA + ", models: [{model: base}], parameters: {weight: 1}}", ["at least 1", "besides the base", "found 0"]),
+        ("{merge_method: nearswap, base_model: b, models: [{model: a}]}", ["nearswap", "'t'"]),
+        (
+            "{merge_method: arcee_fusion, base_model: b, models: [{model: a}, {model: c}]}",
+            ["arcee_fusion takes 1 model(s) besides the base, found 2"],
+        ),
+        ("{merge_method: sce, base_model: b, models: [{model: a}]}", ["sce takes at least 2", "found 1"]),
+        ("{merge_method: della, base_model: b, models: [{model: a}]}", ["models.0", "'weight'"]),
+        (
+            "{merge_method: breadcrumbs, base_model: b, models: [{model: a}], parameters: {weight: 1, rescale: true}}",
+            ["rescale: false only"],
+        ),
+        (
+            "{merge_method: multislerp, models: [{model: a}, {model: b}], parameters: {weight: 1, eps: 1e-3}}",
+            ["eps: 1e-08 only"],
+        ),
         (TA + "}", ["exactly one of models, slices and modules", "none"]),
         (TA + ", models: [{model: a}], slices: [{}]}", ["models and slices"]),
         (TA + ", models: [{parameters: {weight: 1}}]}", ["models.0", "'model' is missing"]),
@@ -332,10 +377,29 @@ def test_what_stops_names_place_and_feature(text: str, said: list[str]):
     assert "\n" not in message
 
 
-@pytest.mark.parametrize("method", UNSUPPORTED)
-def test_methods_that_are_not_supported_say_so(method: str):
-    with pytest.raises(RecipeError, match=f"'{method}' of mergekit is not supported"):
-        load_recipe({"merge_method": method, "models": [{"model": "a"}]})
+def test_files_of_mergekits_other_programs_are_named(tmp_path: Path):
+    path = tmp_path / "file.yml"
+    path.write_text("base_model: a\ngate_mode: hidden\nexperts: [{source_model: b, positive_prompts: [x]}]\n")
+    with pytest.raises(RecipeError, match="mergekit-moe"):
+        load_recipe(path)
+    path.write_text("{merge_method: passthrough, models: [{model: a}]}\n---\n{name: two}\n")
+    with pytest.raises(RecipeError, match=r"file.yml line 2: a second document begins"):
+        load_recipe(path)
+
+
+def test_a_density_above_one_keeps_everything_and_is_said(caplog: pytest.LogCaptureFixture):
+    text = "{merge_method: ties, base_model: a, models: [{model: b}], parameters: {weight: 1, density: DENSITY}}"
+    for density in ("53", "[0.5, 1.5]", "[{filter: mlp, value: 2}, {value: 0.5}]"):
+        caplog.clear()
+        with caplog.at_level(logging.WARNING):
+            recipe_of(text.replace("DENSITY", density))
+        assert "parameters.density: above 1 everything is kept" in caplog.text, density
+    options = get("merge", "ties").options["density"]
+    found = [
+        option_value(options, name, [("", {"density": [0.5, 1.5]}, t)], "mergekit")
+        for name, t in (("a", 0.0), ("b", 0.25), ("c", 0.75))
+    ]
+    assert found == [0.5, 0.75, 1.0]  # capped after the interpolation, not before
 
 
 def test_what_mergekit_does_not_read_is_said(caplog: pytest.LogCaptureFixture):
@@ -382,576 +446,3 @@ def test_settings_joined_over_scopes_resolve_like_scope_after_scope(scopes: list
             expected = resolve_value(setting, name, depth, "mergekit")
     joined = first_found(*scopes)
     assert (None if joined is None else resolve_value(joined, name, depth, "mergekit")) == expected
-
-
-# --- merged numbers --------------------------------------------------------------------------------------
-
-
-def names_of(layers: int, head: bool = True) -> dict[str, tuple[int, ...]]:
-    shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (VOCABULARY, WIDTH)}
-    for i in range(layers):
-        shapes |= {
-            f"model.layers.{i}.input_layernorm.weight": (WIDTH,),
-            f"model.layers.{i}.self_attn.q_proj.weight": (WIDTH, WIDTH),
-            f"model.layers.{i}.self_attn.o_proj.weight": (WIDTH, WIDTH),
-            f"model.layers.{i}.mlp.up_proj.weight": (2 * WIDTH, WIDTH),
-        }
-    shapes["model.norm.weight"] = (WIDTH,)
-    return shapes | ({"lm_head.weight": (VOCABULARY, WIDTH)} if head else {})
-
-
-def write(
-    folder: Path,
-    state: State,
-    tied: bool = False,
-    dtype: torch.dtype = torch.float32,
-    vocabulary: int = VOCABULARY,
-) -> State:
-    folder.mkdir(parents=True)
-    stored = {name: tensor.to(dtype) for name, tensor in state.items()}
-    save_file(stored, folder / "model.safetensors", metadata={"format": "pt"})
-    config = {
-        "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": WIDTH, "vocab_size": vocabulary,
-        "num_hidden_layers": sum(name.endswith("q_proj.weight") for name in state), "intermediate_size": 2 * WIDTH,
-        "num_attention_heads": 2, "num_key_value_heads": 2, "tie_word_embeddings": tied,
-        "dtype": str(dtype).removeprefix("torch."),
-    }  # fmt: skip
-    (folder / "config.json").write_text(json.dumps(config))
-    return {name: tensor.double() for name, tensor in stored.items()}
-
-
-@pytest.fixture(scope="module")
-def family(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, State]]:
-    """Folder and fp64 states of a base, three models near it and one that has nothing to do with it."""
-    root = tmp_path_factory.mktemp("family")
-    random = torch.Generator().manual_seed(7)
-
-    def noise(shape: tuple[int, ...]) -> Tensor:
-        return torch.randn(shape, generator=random)
-
-    base = {name: noise(shape) for name, shape in names_of(LAYERS).items()}
-    states = {"base": base, "far": {name: noise(t.shape) for name, t in base.items()}}
-    for key in "abc":
-        states[key] = {name: t + 0.3 * noise(t.shape) for name, t in base.items()}
-    return root, {key: write(root / key, state) for key, state in states.items()}
-
-
-def merged(tmp_path: Path, root: Path, text: str) -> State:
-    """The tensors that a file gives; ``ROOT`` in it stands for the family's folder."""
-    path = tmp_path / "merge.yml"
-    path.write_text(text.replace("ROOT", str(root)))
-    output = hf_fuse.merge(path, output=tmp_path / "merged")
-    return load_file(output / "model.safetensors")
-
-
-def check(result: State, expected: State) -> None:
-    assert set(result) == set(expected)
-    for name, tensor in expected.items():
-        torch.testing.assert_close(result[name].double(), tensor, rtol=2e-6, atol=2e-6, msg=name)
-
-
-def depth(name: str, layers: int = LAYERS) -> float:
-    return int(name.split(".")[2]) / (layers - 1) if ".layers." in name else 0.0
-
-
-def along(values: list[float], t: float) -> float:
-    position = t * (len(values) - 1)
-    left = min(int(position), len(values) - 2)
-    return values[left] + (values[left + 1] - values[left]) * (position - left)
-
-
-def arc(v0: Tensor, v1: Tensor, t: float, threshold: float = 0.9995) -> Tensor:
-    cosine = (v0 * v1).sum() / v0.norm() / v1.norm()
-    if cosine.abs() > threshold:
-        return (1 - t) * v0 + t * v1
-    angle = torch.acos(cosine)
-    return (torch.sin((1 - t) * angle) * v0 + torch.sin(t * angle) * v1) / torch.sin(angle)
-
-
-def elect(deltas: list[Tensor], weights: list[float], normalize: bool) -> Tensor:
-    weighted = torch.stack([delta * weight for delta, weight in zip(deltas, weights)])
-    sign = torch.where(weighted.sum(0) >= 0, 1.0, -1.0)
-    agree = weighted.sign() == sign
-    total = (weighted * agree).sum(0)
-    share = sum(mask * weight for mask, weight in zip(agree, weights))
-    return total / torch.where(share == 0, 1.0, share) if normalize else total
-
-
-def trim(delta: Tensor, density: float) -> Tensor:
-    keep = max(1, int(density * delta.numel()))
-    threshold = delta.abs().flatten().sort(descending=True).values[keep - 1]
-    return delta * (delta.abs() >= threshold)
-
-
-def test_linear_with_gradients_and_filters(tmp_path: Path, family: tuple[Path, dict[str, State]]):
-    root, m = family
-    result = merged(tmp_path, root, """
-        merge_method: linear
-        models:
-          - {model: ROOT/a, parameters: {weight: [{filter: self_attn, value: [0.1, 0.9, 0.4]},
-                                                  {filter: layers.2, value: 0}, {value: [1, 2]}]}}
-          - {model: ROOT/b, parameters: {weight: [0.2, 0.6]}}
-        dtype: float32
-    """)  # fmt: skip
-    expected = {}
-    for name in m["a"]:
-        t = depth(name)
-        wa = along([0.1, 0.9, 0.4], t) if "self_attn" in name else 0 if "layers.2" in name else along([1, 2], t)
-        wb = along([0.2, 0.6], t)
-        expected[name] = (wa * m["a"][name] + wb * m["b"][name]) / (wa + wb)
-    check(result, expected)
-
-
-def test_linear_with_a_base_that_mergekit_adds(tmp_path: Path, family: tuple[Path, dict[str, State]]):
-    root, m = family
-    result = merged(
-        tmp_path,
-        root,
-        """
-        merge_method: linear
-        base_model: ROOT/base
-        models: [{model: ROOT/a, parameters: {weight: 1.5}}]
-        parameters: {weight: -0.25, normalize: [{filter: norm, value: true}, {value: false}]}
-    """,
-    )
-    check(result, {
-        name: (1.5 * m["a"][name] - 0.25 * m["base"][name]) / (1.25 if "norm" in name else 1) for name in m["a"]
-    })  # fmt: skip
-
-
-def test_slerp_with_t_by_layer_and_part(tmp_path: Path, family: tuple[Path, dict[str, State]]):
-    root, m = family
-    result = merged(
-        tmp_path,
-        root,
-        """
-        merge_method: slerp
-        base_model: ROOT/base
-        slices:
-          - sources: [{model: ROOT/far, layer_range: [0, 4]}, {model: ROOT/base, layer_range: [0, 4]}]
-        parameters:
-          t:
-            - {filter: self_attn, value: [0, 0.5, 0.3, 0.7, 1]}
-            - {filter: mlp, value: [1, 0.5, 0.7, 0.3, 0]}
-            - {value: 0.5}
-        dtype: float32
-    """,
-    )
-    expected = {}
-    for name in m["base"]:
-        t = 0.5
-        if "self_attn" in name:
-            t = along([0, 0.5, 0.3, 0.7, 1], depth(name))
-        elif "mlp" in name:
-            t = along([1, 0.5, 0.7, 0.3, 0], depth(name))
-        expected[name] = arc(m["base"][name], m["far"][name], t)
-    check(result, expected)
-
-
-def test_one_layer_slices_are_at_the_end_of_a_gradient(tmp_path: Path, family: tuple[Path, dict[str, State]]):
-    root, m = family
-    result = merged(
-        tmp_path,
-        root,
-        """
-        merge_method: linear
-        slices:
-          - sources: [{model: ROOT/a, layer_range: [2, 3]}, {model: ROOT/b, layer_range: [0, 1]}]
-          - sources:
-              - {model: ROOT/a, layer_range: [0, 2]}
-              - {model: ROOT/b, layer_range: [1, 3], parameters: {weight: 4}}
-            parameters: {weight: [0.5, 0.7]}
-        parameters: {weight: [1, 2], normalize: false}
-    """,
-    )
-    weights = {0: (2, 2, 2, 0), 1: (0.5, 4, 0, 1), 2: (0.7, 4, 1, 2)}  # of a and b, their layers
-    for layer, (wa, wb, la, lb) in weights.items():
-        for part in ("self_attn.q_proj", "input_layernorm"):
-            a, b = (m[k][f"model.layers.{i}.{part}.weight"] for k, i in (("a", la), ("b", lb)))
-            torch.testing.assert_close(
-                result[f"model.layers.{layer}.{part}.weight"].double(), wa * a + wb * b, rtol=2e-6, atol=2e-6
-            )
-    embedding = "model.embed_tokens.weight"
-    torch.testing.assert_close(result[embedding].double(), m["a"][embedding] + m["b"][embedding], rtol=2e-6, atol=2e-6)
-    assert json.loads((tmp_path / "merged/config.json").read_text())["num_hidden_layers"] == 3
-
-
-def test_task_arithmetic_with_lambda_and_a_negative_weight(tmp_path: Path, family: tuple[Path, dict[str, State]]):
-    root, m = family
-    result = merged(
-        tmp_path,
-        root,
-        """
-        merge_method: task_arithmetic
-        base_model: ROOT/base
-        models:
-          - {model: ROOT/base}
-          - {model: ROOT/a, parameters: {weight: 0.8}}
-          - {model: ROOT/b, parameters: {weight: [-0.5, 0.5, 0.1]}}
-        parameters: {lambda: [{filter: mlp, value: [0.5, 1.5]}, {value: 0.9}], int8_mask: true}
-        dtype: float32
-    """,
-    )
-    expected = {}
-    for name, base in m["base"].items():
-        t = depth(name)
-        scale = along([0.5, 1.5], t) if "mlp" in name else 0.9
-        wb = along([-0.5, 0.5, 0.1], t)
-        expected[name] = base + scale * (0.8 * (m["a"][name] - base) + wb * (m["b"][name] - base))
-    check(result, expected)
-
-
-@pytest.mark.parametrize("normalize", [True, False])
-def test_ties_trims_each_tensor(tmp_path: Path, family: tuple[Path, dict[str, State]], normalize: bool):
-    root, m = family
-    result = merged(
-        tmp_path,
-        root,
-        f"""
-        merge_method: ties
-        base_model: ROOT/base
-        models:
-          - {{model: ROOT/a, parameters: {{density: [1, 0.7, 0.1], weight: 1.0}}}}
-          - {{model: ROOT/b, parameters: {{density: 0.5, weight: [0, 0.3, 0.7, 1]}}}}
-          - {{model: ROOT/c, parameters: {{weight: [{{filter: mlp, value: 0.5}}, {{value: 0.2}}]}}}}
-        parameters: {{normalize: {str(normalize).lower()}, lambda: 0.8}}
-        dtype: float32
-    """,
-    )
-    expected = {}
-    for name, base in m["base"].items():
-        t = depth(name)
-        deltas = [
-            trim(m["a"][name] - base, along([1, 0.7, 0.1], t)), trim(m["b"][name] - base, 0.5), m["c"][name] - base,
-        ]  # fmt: skip
-        weights = [1.0, along([0, 0.3, 0.7, 1], t), 0.5 if "mlp" in name else 0.2]
-        expected[name] = base + 0.8 * elect(deltas, weights, normalize)
-    check(result, expected)
-
-
-@pytest.mark.parametrize("method", ["dare_linear", "dare_ties"])
-def test_dare_at_density_one_drops_nothing(tmp_path: Path, family: tuple[Path, dict[str, State]], method: str):
-    root, m = family
-    result = merged(
-        tmp_path,
-        root,
-        f"""
-        merge_method: {method}
-        base_model: ROOT/base
-        models: [{{model: ROOT/a, parameters: {{weight: 0.3}}}}, {{model: ROOT/b, parameters: {{weight: 0.9}}}}]
-    """,
-    )
-    expected = {}
-    for name, base in m["base"].items():
-        deltas = [m["a"][name] - base, m["b"][name] - base]
-        total = elect(deltas, [0.3, 0.9], False) if "ties" in method else 0.3 * deltas[0] + 0.9 * deltas[1]
-        expected[name] = base + total
-    check(result, expected)
-
-
-def test_dare_keeps_the_l1_norm_of_each_task_vector(tmp_path: Path, family: tuple[Path, dict[str, State]]):
-    root, m = family
-    result = merged(
-        tmp_path,
-        root,
-        """
-        merge_method: dare_linear
-        base_model: ROOT/base
-        models: [{model: ROOT/a, parameters: {weight: 1, density: 0.5}}]
-    """,
-    )
-    dropped = 0
-    for name, base in m["base"].items():
-        got, delta = result[name].double() - base, m["a"][name] - base
-        torch.testing.assert_close(got.abs().sum(), delta.abs().sum(), rtol=1e-5, atol=1e-5)
-        dropped += (got.abs() < 1e-6).sum().item()
-    assert 0.4 < dropped / sum(base.numel() for base in m["base"].values()) < 0.6
-
-
-@pytest.mark.parametrize("rows", [False, True])
-def test_model_stock_is_not_clamped(tmp_path: Path, family: tuple[Path, dict[str, State]], rows: bool):
-    root, m = family
-    result = merged(
-        tmp_path,
-        root,
-        f"""
-        merge_method: model_stock
-        base_model: ROOT/base
-        models: [{{model: ROOT/a}}, {{model: ROOT/b}}, {{model: ROOT/c}}]
-        parameters: {{filter_wise: {str(rows).lower()}}}
-    """,
-    )
-    expected, ratios = {}, []
-    for name, base in m["base"].items():
-        shape = base.shape if rows and base.ndim > 1 else (1, -1)
-        d = [(m[key][name] - base).reshape(shape) for key in "abc"]
-        cosines = [
-            (x * y).sum(-1) / x.norm(dim=-1) / y.norm(dim=-1) for x, y in ((d[0], d[1]), (d[0], d[2]), (d[1], d[2]))
-        ]
-        cosine = sum(cosines) / 3
-        t = (3 * cosine / (1 + 2 * cosine))[:, None]
-        ratios.append(t.min().item())
-        expected[name] = base + (t * sum(d) / 3).reshape(base.shape)
-    assert min(ratios) < 0  # else the test could not tell
-    check(result, expected)
-
-
-@pytest.mark.parametrize(("flags", "axis"), [
-    ("", None), ("nuslerp_flatten: false", -1), ("nuslerp_flatten: false, nuslerp_row_wise: true", 0),
-])  # fmt: skip
-def test_nuslerp(tmp_path: Path, family: tuple[Path, dict[str, State]], flags: str, axis: int | None):
-    root, m = family
-    text = """
-        merge_method: nuslerp
-        models: [{model: ROOT/a, parameters: {weight: 0.3}}, {model: ROOT/far, parameters: {weight: [1, 0.5]}}]
-        parameters: {FLAGS}
-    """
-    result = merged(tmp_path, root, text.replace("FLAGS", flags))
-    expected = {}
-    for name, first in m["a"].items():
-        second = m["far"][name]
-        w = along([1, 0.5], depth(name))
-        t = w / (w + 0.3)
-        if axis is None or first.ndim == 1:
-            expected[name] = arc(first, second, t, threshold=2)
-        else:
-            vectors = [arc(x, y, t, threshold=2) for x, y in zip(first.unbind(1 + axis), second.unbind(1 + axis))]
-            expected[name] = torch.stack(vectors, dim=1 + axis)
-    check(result, expected)
-
-
-def test_nuslerp_of_task_vectors(tmp_path: Path, family: tuple[Path, dict[str, State]]):
-    root, m = family
-    result = merged(
-        tmp_path,
-        root,
-        """
-        merge_method: nuslerp
-        base_model: ROOT/base
-        models: [{model: ROOT/a, parameters: {weight: 0.3}}, {model: ROOT/b, parameters: {weight: 0.5}}]
-    """,
-    )
-    check(result, {
-        name: base + arc(m["a"][name] - base, m["b"][name] - base, 0.625, threshold=2)
-        for name, base in m["base"].items()
-    })  # fmt: skip
-
-
-def test_base_layers_of_a_slice_are_those_it_is_listed_with(tmp_path: Path, family: tuple[Path, dict[str, State]]):
-    root, m = family
-    result = merged(
-        tmp_path,
-        root,
-        """
-        merge_method: task_arithmetic
-        base_model: ROOT/base
-        slices:
-          - sources:
-              - {model: ROOT/a, layer_range: [1, 3], parameters: {weight: 0.5}}
-              - {model: ROOT/base, layer_range: [0, 2]}
-              - {model: ROOT/b, layer_range: [2, 4]}
-        parameters: {weight: 2}
-    """,
-    )
-    for layer in (0, 1):
-        name = "model.layers.{}.mlp.up_proj.weight"
-        base = m["base"][name.format(layer)]
-        a, b = m["a"][name.format(layer + 1)], m["b"][name.format(layer + 2)]
-        expected = base + 0.5 * (a - base) + 2 * (b - base)
-        torch.testing.assert_close(result[name.format(layer)].double(), expected, rtol=2e-6, atol=2e-6)
-
-
-def test_stack_of_overlapping_layers_with_scale(tmp_path: Path, family: tuple[Path, dict[str, State]]):
-    root, m = family
-    result = merged(
-        tmp_path,
-        root,
-        """
-        merge_method: passthrough
-        slices:
-          - sources: [{model: ROOT/a, layer_range: [0, 3]}]
-          - sources:
-              - model: ROOT/b
-                layer_range: [1, 4]
-                parameters: {scale: [{filter: o_proj, value: 0.0}, {filter: up_proj, value: 0.5}, {value: 1.0}]}
-        dtype: float32
-    """,
-    )
-    assert sum("q_proj" in name for name in result) == 6
-    for layer, (key, source) in enumerate([*(("a", i) for i in range(3)), *(("b", i) for i in range(1, 4))]):
-        for part, scale in (("self_attn.o_proj", 0.0), ("mlp.up_proj", 0.5), ("self_attn.q_proj", 1.0)):
-            expected = m[key][f"model.layers.{source}.{part}.weight"] * (scale if key == "b" else 1.0)
-            assert torch.equal(result[f"model.layers.{layer}.{part}.weight"].double(), expected)
-    assert torch.equal(result["model.embed_tokens.weight"].double(), m["a"]["model.embed_tokens.weight"])
-
-
-def test_tied_weights_are_merged_once(tmp_path: Path):
-    random = torch.Generator().manual_seed(3)
-    states = {}
-    for key in ("base", "a"):
-        state = {name: torch.randn(shape, generator=random) for name, shape in names_of(2, head=False).items()}
-        states[key] = write(tmp_path / key, state, tied=True)
-    result = merged(
-        tmp_path,
-        tmp_path,
-        """
-        merge_method: task_arithmetic
-        base_model: ROOT/base
-        models: [{model: ROOT/a, parameters: {weight: 0.5}}]
-    """,
-    )
-    check(result, {name: (base + states["a"][name]) / 2 for name, base in states["base"].items()})
-
-
-def test_dtype_is_the_outputs_and_the_result_is_rounded_once(tmp_path: Path):
-    random = torch.Generator().manual_seed(4)
-    states = {
-        key: write(tmp_path / key, {n: torch.randn(s, generator=random) for n, s in names_of(1).items()},
-                   dtype=torch.bfloat16)
-        for key in "ab"
-    }  # fmt: skip
-    result = merged(
-        tmp_path,
-        tmp_path,
-        """
-        merge_method: linear
-        models: [{model: ROOT/a, parameters: {weight: 3}}, {model: ROOT/b, parameters: {weight: 1}}]
-        dtype: bfloat16
-    """,
-    )
-    for name, a in states["a"].items():
-        assert torch.equal(result[name], (0.75 * a + 0.25 * states["b"][name]).bfloat16()), name
-
-
-def test_a_tensor_that_no_filter_gives_a_weight_stops(tmp_path: Path, family: tuple[Path, dict[str, State]]):
-    root, m = family
-    text = """
-        merge_method: linear
-        models: [{model: ROOT/a, parameters: {weight: [{filter: layers, value: 2}, {filter: norm, value: 1}REST]}}]
-    """
-    with pytest.raises(FuseError, match=r"\.weight\): weight is 'given by no filter'"):
-        merged(tmp_path, root, text.replace("REST", ""))
-    check(merged(tmp_path, root, text.replace("REST", ", {filter: embed, value: 1}, {filter: head, value: 1}")), m["a"])
-
-
-def test_the_resolved_recipe_gives_the_same_bytes(tmp_path: Path, family: tuple[Path, dict[str, State]]):
-    root, _ = family
-    merged(
-        tmp_path,
-        root,
-        """
-        merge_method: dare_ties
-        base_model: ROOT/base
-        slices:
-          - sources:
-              - {model: ROOT/base, layer_range: [0, 3]}
-              - {model: ROOT/a, layer_range: [1, 4], parameters: {weight: [{filter: mlp, value: [0.1, 1]}, {value: 2}]}}
-        parameters: {density: 0.6}
-        seed: 11
-    """,
-    )
-    first = tmp_path / "merged"
-    again = hf_fuse.merge(first / "fuse_recipe.yaml", output=tmp_path / "again")
-    assert (again / "model.safetensors").read_bytes() == (first / "model.safetensors").read_bytes()
-
-
-def add_tokenizer(folder: Path, tokens: list[str]) -> None:
-    """Words ``w0`` to ``w11`` and the given added tokens after them."""
-    from tokenizers import Tokenizer
-    from tokenizers.models import WordLevel
-    from tokenizers.pre_tokenizers import Whitespace
-
-    tokenizer = Tokenizer(WordLevel({f"w{i}": i for i in range(VOCABULARY)}, unk_token="w0"))
-    tokenizer.pre_tokenizer = Whitespace()
-    tokenizer.add_special_tokens(tokens)
-    tokenizer.save(str(folder / "tokenizer.json"))
-    (folder / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "PreTrainedTokenizerFast"}))
-
-
-def test_union_of_tokenizers_with_a_token_override(tmp_path: Path):
-    random = torch.Generator().manual_seed(5)
-    states = {}
-    for key, tokens in (("base", []), ("a", ["<x>", "<y>"]), ("b", ["<y>"])):
-        shapes = names_of(1)
-        for name in ("model.embed_tokens.weight", "lm_head.weight"):
-            shapes[name] = (VOCABULARY + len(tokens), WIDTH)
-        state = {name: torch.randn(shape, generator=random) for name, shape in shapes.items()}
-        states[key] = write(tmp_path / key, state, vocabulary=VOCABULARY + len(tokens))
-        add_tokenizer(tmp_path / key, tokens)
-    result = merged(
-        tmp_path,
-        tmp_path,
-        """
-        merge_method: linear
-        models: [{model: ROOT/a, parameters: {weight: 1}}, {model: ROOT/b, parameters: {weight: 3}}]
-        base_model: ROOT/base
-        parameters: {weight: 4}
-        tokenizer:
-          source: union
-          tokens: {<y>: {source: {kind: model_token, model: ROOT/base, token: w3}, force: true}}
-    """,
-    )
-    made = json.loads((tmp_path / "merged/tokenizer.json").read_text())
-    ids = made["model"]["vocab"] | {token["content"]: token["id"] for token in made["added_tokens"]}
-    assert len(ids) == VOCABULARY + 2
-    assert json.loads((tmp_path / "merged/config.json").read_text())["vocab_size"] == VOCABULARY + 2
-    for name in ("model.embed_tokens.weight", "lm_head.weight"):
-        base, a, b = (states[key][name] for key in ("base", "a", "b"))
-        expected = {f"w{i}": (a[i] + 3 * b[i] + 4 * base[i]) / 8 for i in range(VOCABULARY)}
-        expected |= {"<x>": a[VOCABULARY], "<y>": base[3]}  # the only owner's row; the forced one
-        for token, row in expected.items():
-            torch.testing.assert_close(result[name][ids[token]].double(), row, rtol=2e-6, atol=2e-6, msg=token)
-
-
-def test_embeddings_come_from_the_first_slice_and_the_head_from_the_last(
-    tmp_path: Path, family: tuple[Path, dict[str, State]]
-):
-    root, m = family
-    result = merged(
-        tmp_path,
-        root,
-        """
-        merge_method: passthrough
-        slices:
-          - sources: [{model: ROOT/a, layer_range: [0, 2]}]
-          - sources: [{model: ROOT/b, layer_range: [1, 2]}]
-          - sources: [{model: ROOT/c, layer_range: [3, 4], parameters: {scale: [{filter: lm_head, value: 2}]}}]
-        """,
-    )
-    for name, expected in {
-        "model.embed_tokens.weight": m["a"]["model.embed_tokens.weight"],
-        "model.norm.weight": m["c"]["model.norm.weight"],
-        "lm_head.weight": 2 * m["c"]["lm_head.weight"],
-    }.items():
-        assert torch.equal(result[name].double(), expected), name
-
-
-def test_filters_of_a_models_own_parameters_see_the_names_it_has(tmp_path: Path, family: tuple[Path, dict[str, State]]):
-    root, m = family
-    result = merged(
-        tmp_path,
-        root,
-        """
-        merge_method: passthrough
-        slices:
-          - sources: [{model: ROOT/a, layer_range: [2, 4]}]
-          - sources: [{model: ROOT/a, layer_range: [0, 2]}]
-        parameters: {scale: [{filter: layers.2.mlp, value: 0.5}]}
-        """,
-    )
-    for layer, source in enumerate((2, 3, 0, 1)):
-        expected = m["a"][f"model.layers.{source}.mlp.up_proj.weight"] * (0.5 if source == 2 else 1)
-        assert torch.equal(result[f"model.layers.{layer}.mlp.up_proj.weight"].double(), expected)
-
-
-def test_without_a_dtype_the_widest_input_counts(tmp_path: Path):
-    state = {name: torch.full(shape, 0.5) for name, shape in names_of(1).items()}
-    write(tmp_path / "a", state, dtype=torch.bfloat16)
-    write(tmp_path / "b", state, dtype=torch.float32)
-    result = merged(
-        tmp_path,
-        tmp_path,
-        "{merge_method: linear, models: [{model: ROOT/a}, {model: ROOT/b}], parameters: {weight: 1}}",
-    )
-    assert {tensor.dtype for tensor in result.values()} == {torch.float32}
-    assert json.loads((tmp_path / "merged/config.json").read_text())["dtype"] == "float32"

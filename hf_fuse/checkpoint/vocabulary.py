@@ -34,7 +34,8 @@ class Alignment:
         size: rows of the output's embedding matrix; may exceed the vocabulary (padding rows).
         rows: per model, int64 of length ``size``: its own row that goes to output row ``i``, or -1.
         fill: output id -> ``[(model key, row), ...]``, for ids that some model has -1 at: it gets the mean of those
-            rows, or zeros if the list is empty. Every -1 has an entry.
+            rows. If the list is empty, a token starts as zeros, and padding is the mean of the model's rows with a
+            token. Every -1 has an entry.
         new_tokens, new_pieces: tokens of a union that the donor lacks: added tokens with their flags; plain pieces.
         special_ids: ``bos_token_id``, ``eos_token_id``, ``pad_token_id`` for the output's configs, known ones only.
         notes: what a user should know about the result, one sentence each.
@@ -63,42 +64,11 @@ class Alignment:
         return self.vocab.get(token) if token is not None else None
 
     @cached_property
-    def _filled(self) -> dict[str, list[tuple[NDArray, NDArray, NDArray]]]:
-        """Per owner of filling rows: (output ids ascending, its rows, shares of the mean)."""
-        out: dict[str, list[tuple[int, int, float]]] = {}
-        for number, sources in sorted(self.fill.items()):
-            for key, row in sources:
-                out.setdefault(key, []).append((number, row, 1 / len(sources)))
-        return {key: [np.array(column) for column in zip(*entries)] for key, entries in out.items()}
-
-    def aligned(self, key: str, matrices: Mapping[str, Any], first: int = 0, last: int | None = None) -> Any:
-        """Output rows ``first:last`` of model ``key``.
-
-        Args:
-            matrices: per model key, its [rows, ...] embedding (numpy or torch, same dtype and trailing shape; fp32 or
-                better, as means are taken). Only the models that this slice needs are asked for.
-
-        Returns:
-            [last - first, ...] array of the type that went in; the inputs are not changed.
-        """
-        last = self.size if last is None else last
-        own = self.rows[key][first:last]
-        have = own >= 0
-        out = matrices[key][np.where(have, own, 0)]  # indexing with an array copies
-        if have.all():
-            return out
-        out[~have] = 0
-        for owner, (numbers, rows, shares) in self._filled.items():
-            lo, hi = np.searchsorted(numbers, (first, last))
-            # An id may be filled for one model and be another's own row.
-            wanted = np.flatnonzero(~have[numbers[lo:hi] - first]) + lo
-            if len(wanted):
-                values = matrices[owner][rows[wanted]]
-                scale = out.new_tensor(shares[wanted]) if hasattr(out, "new_tensor") else shares[wanted]
-                values = values * scale.reshape(-1, *[1] * (values.ndim - 1))
-                # Ids ascend and are unique per owner unless forced to the same row twice: += on slices is safe.
-                out[numbers[wanted] - first] += values if hasattr(out, "new_tensor") else values.astype(out.dtype)
-        return out
+    def has_token(self) -> NDArray[np.bool_]:
+        """Which output rows have a token; the others are padding."""
+        mask = np.zeros(self.size, bool)
+        mask[np.fromiter(self.vocab.values(), np.int64, len(self.vocab))] = True
+        return mask
 
     def write(self, folder: Path) -> None:
         """Writes the output's tokenizer files: `hf_fuse.checkpoint.tokenizer_writer.write_tokenizer`."""
@@ -127,7 +97,8 @@ def align(
     The output has as many rows as the source's matrix, or more if its tokens need them, rounded up to
     ``pad_to_multiple_of``. A row without a token (padding) keeps each model's own values where the row is padding in
     that model too; a model that has no such row, or a token at it, gets the base's padding row if there is one. Where
-    the base has none and some model lacks it, the row is zero in all.
+    the base has none and some model lacks it, the row is the mean of each model's rows with a token: zeros would be a
+    logit of 0, above that of most tokens.
 
     Args:
         source: ``"base"``, ``"union"`` or the key of the model whose vocabulary to use.
@@ -172,12 +143,16 @@ def align(
             if row < limit:
                 own[number] = row
     _pad(rows, vocab, known, vocab_sizes, base)
-    fill = _fill(rows, base, set(vocab.values()))
+    tokens = set(vocab.values())
+    fill = _fill(rows, base, tokens)
     orphans = [token for token, number in vocab.items() if all(own[number] < 0 for own in rows.values())]
     _override(token_sources or {}, vocab, known, vocab_sizes, rows, fill)
     orphans = [token for token in orphans if not fill[vocab[token]]]
     if orphans:
         notes.append(f"{len(orphans)} token(s) have a row in no model and start as zeros: {some_of(orphans)}.")
+    new = sum(not sources for number, sources in fill.items() if number not in tokens)
+    if new:
+        notes.append(f"{new} row(s) of padding are not in all models: each is the mean of the rows with a token.")
     special = {name: number for name, number in known[donor].special_ids.items() if name != "unk_token_id"}
     return Alignment(
         source, donor, vocab, size, rows, fill, known, dict(vocab_sizes), new_tokens, new_pieces, special, notes

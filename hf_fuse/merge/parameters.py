@@ -102,19 +102,22 @@ def method_options(
     arguments = {}
     for option in method.options.values():
         if option.per_model:
-            values = [_look_up(option, its, [*own, *shared], dialect) for its, own in zip(names, per_model)]
+            values = [option_value(option, its, [*own, *shared], dialect) for its, own in zip(names, per_model)]
         else:
             scopes = [*(per_model[0] if len(per_model) == 1 else []), *shared]
-            values = _look_up(option, name, scopes, dialect)
+            values = option_value(option, name, scopes, dialect)
         arguments[option.keyword] = values
     return arguments
 
 
-def _look_up(option: Option, name: str, scopes: list[Scope], dialect: str) -> Any:
+def option_value(option: Option, name: str, scopes: list[Scope], dialect: str) -> Any:
+    """One parameter's value at one tensor: of the first scope that has any for it, checked; else the default."""
     for where, parameters, depth in scopes:
         if option.name in parameters:
             value = resolve_value(parameters[option.name], name, depth, dialect)
             if value is not None:
+                if dialect == "mergekit" and option.name == "density" and isinstance(value, (int, float)):
+                    value = min(value, 1.0)  # mergekit takes every density from 1 on for "all of it"
                 return option.check(value, f"{where} (tensor {name})")
     if option.required:
         raise RecipeError(f"parameters: {option.name} is missing. Expected {option.describe()}.")

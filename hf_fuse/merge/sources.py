@@ -5,6 +5,7 @@ All kinds answer the same question: elements ``[start, stop)`` of a tensor, flat
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -144,12 +145,15 @@ class RealignedSource:
     """Another source seen through an output vocabulary: rows of its embeddings picked, or averaged over their owners.
 
     ``alignment.rows[key][i]`` is the source's row for output row i or -1; ``alignment.fill[i]`` then lists
-    ``(model key, row)`` whose mean is taken (an empty list is zero).
+    ``(model key, row)`` whose mean is taken. An empty list is zero for a token, for padding the mean of the rows with a
+    token.
     """
 
     def __init__(self, plain: Mapping[str, FileSource], key: str, names: set[str], alignment: Alignment):
         self.plain, self.source, self.names = plain, plain[key], names
-        self.rows, self.fill = alignment.rows[key], alignment.fill
+        self.rows, self.fill, self.has_token = alignment.rows[key], alignment.fill, alignment.has_token
+        self._means: dict[str, Tensor] = {}
+        self._lock = threading.Lock()
         self.tensors: Mapping[str, TensorInfo] = {
             name: replace(info, shape=(len(self.rows), *info.shape[1:])) if name in names else info
             for name, info in self.source.tensors.items()
@@ -177,12 +181,30 @@ class RealignedSource:
             position = end
 
     def _fill(self, name: str, row: int, column: int, width: int, piece: Tensor, buffers: Buffers) -> None:
-        owners = self.fill.get(row, [])
+        owners = self.fill[row]
+        if not owners and not self.has_token[row]:
+            piece.copy_(self._mean_row(name, width, piece, buffers)[column : column + piece.numel()])
+            return
         piece.zero_()
         one = torch.empty_like(piece)
         for key, theirs in owners:
             self.plain[key].read(name, theirs * width + column, one, buffers)
             piece.add_(one, alpha=1 / len(owners))
+
+    def _mean_row(self, name: str, width: int, like: Tensor, buffers: Buffers) -> Tensor:
+        """Mean of the output rows that have a token, ``fp64 [width]``."""
+        with self._lock:
+            if name not in self._means:
+                total = torch.zeros(width, dtype=torch.float64, device=like.device)
+                height = max(1, BLOCK // width)
+                edges = np.flatnonzero(np.diff(self.has_token, prepend=False, append=False))
+                for first, last in zip(edges[::2].tolist(), edges[1::2].tolist()):
+                    for row in range(first, last, height):
+                        block = like.new_empty(min(height, last - row) * width)
+                        self.read(name, row * width, block, buffers)
+                        total += block.view(-1, width).sum(0, dtype=torch.float64)
+                self._means[name] = total / int(self.has_token.sum())
+            return self._means[name]
 
     def delta_from(self, base: object, name: str) -> bool:
         if name in self.names:
