@@ -45,6 +45,22 @@ def vit():
     return transformers.ViTModel(config, add_pooling_layer=False)
 
 
+def t5():
+    """Encoder, decoder and head share one embedding."""
+    torch.manual_seed(0)
+    config = transformers.T5Config(d_model=16, d_kv=8, d_ff=24, num_layers=2, num_heads=2, vocab_size=40)
+    return transformers.T5ForConditionalGeneration(config)
+
+
+def clip():
+    torch.manual_seed(0)
+    tower = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2}
+    text = tower | {"vocab_size": 40, "max_position_embeddings": 16, "bos_token_id": 1, "eos_token_id": 2}
+    vision = tower | {"image_size": 8, "patch_size": 4}
+    config = transformers.CLIPConfig(text_config=text, vision_config=vision, projection_dim=8)
+    return transformers.CLIPModel(config)
+
+
 def wav2vec():
     """Has 1-d convolutions."""
     torch.manual_seed(0)

@@ -25,6 +25,15 @@ def head_name(checkpoint: Checkpoint) -> str | None:
     return min(found, key=len, default=None)
 
 
+def stored_twice(checkpoint: Checkpoint) -> str | None:
+    """The head's name, if the files hold it though it is the embedding.
+
+    A config alone does not say: transformers leaves a head alone that differs from the embedding it should be tied to.
+    """
+    head = head_name(checkpoint)
+    return head if head and _verdict(checkpoint, head) == "tied" else None
+
+
 def vocabulary_tensors(checkpoint: Checkpoint) -> set[str]:
     """Tensors whose first axis is the vocabulary."""
     embedding = embedding_name(checkpoint)

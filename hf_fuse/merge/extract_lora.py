@@ -224,7 +224,7 @@ def _write(
     partial.sync()
     # Biases of adapted modules are a setting of their own; every other tensor belongs to a module that is saved.
     linear = {target.module for target in modules.targets.values() if target.kind != EMBEDDING}
-    owners = {job.running: job.running.rpartition(".")[0] for job in whole}
+    owners = {job.running: job.module for job in whole}
     biases = {
         owner for name, owner in owners.items()
         if name.endswith(".bias") and owner in linear and f"{owner}.weight" not in owners

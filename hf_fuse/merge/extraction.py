@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -113,7 +112,7 @@ class Extraction:
 def kind_of(name: str) -> str:
     """``model.layers.3.mlp.up_proj.weight`` -> ``up_proj``; ``...up_proj.bias`` -> ``up_proj.bias``."""
     module, _, leaf = name.rpartition(".")
-    parts = [part for part in module.split(".") if not re.fullmatch(r"\d+", part)]
+    parts = [part for part in module.split(".") if part and not part.isdigit()]
     kind = parts[-1] if parts else leaf
     return kind if leaf == "weight" or not parts else f"{kind}.{leaf}"
 

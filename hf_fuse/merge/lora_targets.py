@@ -10,7 +10,7 @@ from typing import Any
 
 from hf_fuse.checkpoint.adapter_binding import EMBEDDINGS, TRANSPOSED_TYPES, listed, running_names
 from hf_fuse.checkpoint.reader import Checkpoint, TensorInfo
-from hf_fuse.checkpoint.tied import embedding_name, head_name
+from hf_fuse.checkpoint.tied import embedding_name, head_name, stored_twice, vocabulary_tensors
 from hf_fuse.errors import CheckpointError, FuseError
 from hf_fuse.merge.extraction import FACTORS, LEFT_OUT, WHOLE
 
@@ -20,6 +20,16 @@ TASKS = {
     "ForCausalLM": "CAUSAL_LM", "LMHeadModel": "CAUSAL_LM", "ForSequenceClassification": "SEQ_CLS",
     "ForTokenClassification": "TOKEN_CLS", "ForQuestionAnswering": "QUESTION_ANS", "MTModel": "SEQ_2_SEQ_LM",
 }  # fmt: skip
+# Endings of the modules that PEFT expects to find whole in any adapter for the task.
+HEADS = {
+    "SEQ_CLS": ("classifier", "score"), "TOKEN_CLS": ("classifier", "score"), "QUESTION_ANS": ("qa_outputs",),
+}  # fmt: skip
+
+OTHER_BASE = "Name the model it was fine-tuned from."
+KEEP_WHOLE = "If it is a new head, keep it whole: --save-full with an expression."
+RESIZED = (
+    "If its vocabulary was resized, resize the base's as well (resize_token_embeddings) and save that as the base."
+)
 
 
 @dataclass(frozen=True)
@@ -35,11 +45,12 @@ class Target:
 @dataclass(frozen=True)
 class Modules:
     """``targets`` by the names of their weights in the files; ``names`` of all modules as they run; for every tensor in
-    the files its name as it runs."""
+    the files its name as it runs; ``prefix`` of what a model without a head calls by shorter names."""
 
     targets: dict[str, Target]
     names: set[str]
     running: dict[str, str]
+    prefix: str = ""
     model_class: dict[str, str] | None = None  # PEFT's auto_mapping
 
 
@@ -53,6 +64,12 @@ class Job:
     base: TensorInfo | None  # None: a new head
     way: str
     target: Target | None = None
+    head: str | None = None  # the module of a new task that it belongs to
+
+    @property
+    def module(self) -> str:
+        """The module that is saved if this tensor is stored whole."""
+        return self.head or self.running.rpartition(".")[0]
 
     @property
     def matrix(self) -> tuple[int, int]:
@@ -111,7 +128,7 @@ def _from_model(checkpoint: Checkpoint, model: Any) -> Modules:
         elif isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Conv3d)) and module.groups == 1:
             targets[file] = Target(name, CONV, False)
     origin = {"base_model_class": type(model).__name__, "parent_library": type(model).__module__}
-    return Modules(targets, names, {file: name for name, file in file_of.items()}, origin)
+    return Modules(targets, names, {file: name for name, file in file_of.items()}, prefix, origin)
 
 
 def _head(model: Any, getter: str) -> Any:
@@ -136,7 +153,8 @@ def _from_names(checkpoint: Checkpoint) -> Modules:
             targets[name] = Target(module, EMBEDDING, True)
         else:
             targets[name] = Target(module, LINEAR, turned and name != head, name == head)
-    names = {name.rpartition(".")[0] for name in checkpoint.tensors}
+    parts = [name.split(".") for name in checkpoint.tensors]
+    names = {".".join(part[:stop]) for part in parts for stop in range(1, len(part))}
     return Modules(targets, names, {name: name for name in checkpoint.tensors})
 
 
@@ -154,15 +172,18 @@ def choose(
         CheckpointError: tensors that only one of the models has, or of different shapes.
         FuseError: an expression that is none, or that matches nothing.
     """
-    theirs = dict(origin.tensors)
+    theirs = _by_names_of(tuned, modules, origin)
     head = head_name(tuned)
     if head and head not in theirs and (embedding := embedding_name(origin)):
-        theirs[head] = theirs[embedding]  # the base ties its head to its embedding
-    tied = tuned.config.get("tie_word_embeddings") and head and embedding_name(tuned)
-    names = [name for name, info in tuned.tensors.items() if info.is_float and not (tied and name == head)]
+        theirs[head] = origin.tensors[embedding]  # the base ties its head to its embedding
+    twice = stored_twice(tuned)
+    names = [name for name, info in tuned.tensors.items() if info.is_float and name != twice]
+    running = {name: modules.running.get(name, name) for name in names}
+    heads = {name: _head_of(running[name], HEADS.get(task_type(tuned) or "", ())) for name in names}
     whole = {name for name in names if save_full and _search("save_full", save_full, name)}
     if save_full and not whole:
         raise FuseError(f"save_full: {save_full!r} is found in no tensor's name of {tuned.ref}.")
+    whole |= {name for name, module in heads.items() if module}
     wanted = {
         name: target
         for name, target in modules.targets.items()
@@ -173,29 +194,53 @@ def choose(
         raise FuseError(f"targets: {targets!r} is found in no module's name. The model has {', '.join(kinds)}.")
     # PEFT stores modules, not tensors: the rest of a module goes with what was asked for, biases of adapted ones aside.
     adapted = {target.module for target in wanted.values()}
-    running = {name: modules.running.get(name, name) for name in names}
     saved = {running[name].rpartition(".")[0] for name in whole} - adapted
     whole |= {name for name in names if running[name].rpartition(".")[0] in saved}
-    lost = sorted(n for n in theirs if n not in tuned.tensors and n != head_name(origin) and origin.tensors[n].is_float)
+    lost = sorted(n for n in set(theirs) - set(tuned.tensors) if theirs[n].is_float and _has_place(n, modules))
     new = sorted(name for name in names if name not in theirs and name not in whole)
     if lost or new:
-        ref, missing, fix = (
-            (tuned.ref, lost, "Name the model it was fine-tuned from.")
-            if lost
-            else (origin.ref, new, "If they are a new head, keep them whole: --save-full with an expression.")
-        )
+        ref, missing, fix = (tuned.ref, lost, OTHER_BASE) if lost else (origin.ref, new, KEEP_WHOLE)
         raise CheckpointError(f"{ref}: lacks tensors that the other model has: {listed(missing)}. {fix}")
-    jobs = []
+    jobs, vocabulary = [], vocabulary_tensors(tuned)
     for name in names:
         info, base = tuned.tensors[name], theirs.get(name)
         if base and base.shape != info.shape:
-            raise CheckpointError(
-                f"{tuned.ref}: tensor {name} is {list(info.shape)}, {list(base.shape)} in {origin.ref}. If its "
-                "vocabulary was resized, resize the base's as well (resize_token_embeddings) and save that as the base."
-            )
+            if name not in whole or name in vocabulary:
+                fix = RESIZED if name in vocabulary else KEEP_WHOLE
+                raise CheckpointError(
+                    f"{tuned.ref}: tensor {name} is {list(info.shape)}, {list(base.shape)} in {origin.ref}. {fix}"
+                )
+            base = None
         way = WHOLE if name in whole else FACTORS if name in wanted else LEFT_OUT
-        jobs.append(Job(name, running[name], info, base, way, wanted.get(name)))
+        jobs.append(Job(name, running[name], info, base, way, wanted.get(name), heads[name]))
     return jobs
+
+
+def _by_names_of(tuned: Checkpoint, modules: Modules, origin: Checkpoint) -> dict[str, TensorInfo]:
+    """The base's tensors, called as in the fine-tune's files: models without a head, and older releases of
+    transformers, have other names for the same. Without a head that is the embedding."""
+    twice = stored_twice(origin)
+    found = {name: info for name, info in origin.tensors.items() if name != twice}
+    if set(found) <= set(tuned.tensors):
+        return found
+    theirs = find_modules(origin)
+    ours = {modules.running.get(name, name).removeprefix(modules.prefix): name for name in tuned.tensors}
+    bare = {name: theirs.running.get(name, name).removeprefix(theirs.prefix) for name in found}
+    return {ours.get(bare[name], bare[name]): info for name, info in found.items()}
+
+
+def _has_place(name: str, modules: Modules) -> bool:
+    """Whether the fine-tune's architecture has such a module, or a list of layers that this would be one of. A base
+    made for another task has a head of its own, or a whole tower, which is no loss."""
+    owner = re.split(r"\.\d+\.", name)[0] if re.search(r"\.\d+\.", name) else name.rpartition(".")[0]
+    return owner in modules.names or modules.prefix + owner in modules.names
+
+
+def _head_of(name: str, ends: tuple[str, ...]) -> str | None:
+    """The outermost module around a tensor whose name ends as one of ``ends``."""
+    parts = name.split(".")
+    around = (".".join(parts[:stop]) for stop in range(1, len(parts)))
+    return next((module for module in around if ends and module.endswith(ends)), None)
 
 
 def _wanted(target: Target, expression: str | None) -> bool:
