@@ -13,7 +13,7 @@ import fcntl
 import json
 import os
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -195,11 +195,14 @@ def _exchange(new: Path, old: Path) -> None:
 
 
 @contextlib.contextmanager
-def exclusive_output(output: Path, *, overwrite: bool = False) -> Iterator[PartialFolder]:
+def exclusive_output(
+    output: Path, *, overwrite: bool = False, keep: Callable[[Path], bool] = lambda folder: False
+) -> Iterator[PartialFolder]:
     """Holds the lock on ``output`` and yields its partial folder, which is removed if the block fails.
 
     Leftovers of a killed run are recognised by its lock file, which nobody holds any more, and removed; an old output
-    that such a run had moved aside is put back.
+    that such a run had moved aside is put back. A partial folder that ``keep`` says yes to is not removed, neither on
+    failure nor by the next run: there is something in it to go on from.
 
     Raises:
         OutputError: the output exists and ``overwrite`` is off, another run is writing it, something that no run left
@@ -215,13 +218,14 @@ def exclusive_output(output: Path, *, overwrite: bool = False) -> Iterator[Parti
     partial = PartialFolder(output)
     ours = killed
     try:
-        _clear_leftovers(output, killed)
+        _clear_leftovers(output, killed, keep)
         ours = True
         check_output(output, overwrite)  # again: another run may have finished while the lock was awaited
         try:
             yield partial
         except BaseException:
-            partial.discard()
+            if not keep(partial.folder):
+                partial.discard()
             raise
     except OSError as error:
         where, why = error.filename or output, error.strerror or error
@@ -240,7 +244,7 @@ def leftovers(output: Path) -> tuple[Path, Path]:
     return output.with_name(output.name + ".partial"), output.with_name(output.name + ".replaced")
 
 
-def _clear_leftovers(output: Path, killed: bool) -> None:
+def _clear_leftovers(output: Path, killed: bool, keep: Callable[[Path], bool]) -> None:
     partial, aside = leftovers(output)
     if not killed:
         for path in (partial, aside):
@@ -251,7 +255,8 @@ def _clear_leftovers(output: Path, killed: bool) -> None:
     if aside.exists() and not output.exists():
         aside.rename(output)
     remove_tree(aside)
-    remove_tree(partial)
+    if not keep(partial):
+        remove_tree(partial)
 
 
 def check_output(output: Path, overwrite: bool) -> None:
