@@ -5,6 +5,7 @@ Everything that can be wrong with the input is found here, before any work.
 
 from __future__ import annotations
 
+import math
 import shutil
 from collections import Counter
 from dataclasses import dataclass, field
@@ -119,7 +120,7 @@ class Plan:
 
         width = 8 if self.recipe.dtype == "float64" else 4
         models = max((len(unit.inputs) for unit in self.units), default=1)
-        whole = max((u.numel for u in self.units if needs_whole_tensor(self.method, u)), default=0)
+        whole = max((math.prod(u.matrix) for u in self.units if needs_whole_tensor(self.method, u)), default=0)
         whole = max(whole, max((u.numel for u in self.units if u.post), default=0))
         # Block of K models, base, result, about as much again for the method's intermediate values, raw bytes.
         block = max([BLOCK, *(row_length(self.method, u) or 0 for u in self.units)])

@@ -7,6 +7,7 @@ a tensor or over the whole model, is measured here too.
 from __future__ import annotations
 
 import inspect
+import math
 import zlib
 from collections.abc import Callable, Generator, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -31,6 +32,12 @@ from hf_fuse.registry import Method
 SPLIT_ABOVE = 16 * BLOCK  # an elementwise tensor is cut into jobs of this many elements
 
 Sink = Callable[[Unit, int, Tensor], None]  # (unit, first element, uint8 bytes on the CPU)
+
+
+def _place(unit: Unit, start: int) -> Place:
+    """A stack of matrices counts as one, each below the one before."""
+    shape = unit.shape if unit.matrix == unit.shape else (math.prod(unit.shape[:-1]), unit.shape[-1])
+    return Place(unit.name, shape, start)
 
 
 @dataclass
@@ -105,9 +112,9 @@ class Merger:
             yield start, min(start + step, last)
 
     def _step(self, unit: Unit, wanted: int) -> int:
-        """Elements handed over at a time: ``wanted``, or as many whole rows as fit into it, or the whole tensor."""
+        """Elements handed over at a time: ``wanted``, or as many whole rows as fit into it, or a whole matrix."""
         if needs_whole_tensor(self.method, unit):
-            return max(unit.numel, 1)
+            return max(math.prod(unit.matrix), 1)
         row = row_length(self.method, unit)
         return wanted if row is None else max(wanted // row, 1) * row
 
@@ -117,7 +124,7 @@ class Merger:
         if row is not None:
             shape = (-1, row)
         elif needs_whole_tensor(self.method, unit):
-            shape = unit.shape
+            shape = unit.matrix
         else:
             return block, base
         return block.view(block.shape[0], *shape), None if base is None else base.view(shape)
@@ -134,7 +141,7 @@ class Merger:
 
     def _measurement(self, unit: Unit, numel: int) -> Generator[Pass, Tensor, Any]:
         measure = self.method.module.measure
-        known = unit.options | {"place": Place(unit.name, unit.shape, 0)}
+        known = unit.options | {"place": _place(unit, 0)}
         wanted = list(inspect.signature(measure).parameters)[3:]
         return measure(len(unit.inputs), numel, self.dtype, **{name: known[name] for name in wanted})
 
@@ -162,8 +169,8 @@ class Merger:
                 stop = min(stop, start + part)
             block, base = self.block(unit, start, stop, buffers)
             block, base = self._shaped(unit, block, base)
-            random, place = TensorRandom(self.seed, unit.name, start), Place(unit.name, unit.shape, start)
-            wanted.add(block, total, Seen(unit.options, random, place, base))
+            random = TensorRandom(self.seed, unit.name, start)
+            wanted.add(block, total, Seen(unit.options, random, _place(unit, start), base))
         return total
 
     def measure_model(self, units: list[Unit], world: World, workers: Workers) -> None:
@@ -253,10 +260,12 @@ class Merger:
         for start, merged, base in parts:
             whole[start : start + len(merged)] = merged
             bases[start : start + len(merged)] = base
-        whole = whole.view(unit.shape)
-        for step in unit.post:
-            whole = step(whole)
-        yield 0, whole.reshape(-1), bases
+        for matrix in whole.view(-1, *unit.matrix):
+            result = matrix
+            for step in unit.post:
+                result = step(result)
+            matrix.copy_(result)
+        yield 0, whole, bases
 
     def pieces(
         self, unit: Unit, first: int, last: int, buffers: Buffers, chunk: int | None = None
@@ -275,7 +284,7 @@ class Merger:
                 if "random" in self._arguments:
                     options["random"] = TensorRandom(self.seed, unit.name, start)
                 if "place" in self._arguments:
-                    options["place"] = Place(unit.name, unit.shape, start)
+                    options["place"] = _place(unit, start)
                 shaped, shaped_base = self._shaped(unit, block, base)
                 if "base" in self._arguments:
                     options["base"] = shaped_base

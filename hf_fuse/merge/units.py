@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fnmatch
+import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -43,10 +44,12 @@ class Unit:
 
     @property
     def numel(self) -> int:
-        count = 1
-        for n in self.shape:
-            count *= n
-        return count
+        return math.prod(self.shape)
+
+    @property
+    def matrix(self) -> tuple[int, ...]:
+        """Shape of what counts as one matrix: a layer's experts may be stored as a stack of them, ``[E, M, N]``."""
+        return self.shape[1:] if len(self.shape) == 3 and "experts" in self.name else self.shape
 
 
 @dataclass
@@ -329,8 +332,9 @@ def _unit(
     if info.shape == () and getattr(method.module, "SCALARS", None) == "mean":
         weight = options.get("weight") or [1.0] * len(inputs)
         return Unit(name, dtype, info.shape, MEAN, inputs, options={"weight": weight})
-    post = post_steps(recipe, name, info.shape, whole)
-    return Unit(name, dtype, info.shape, MERGE, inputs, base, options, post=post)
+    unit = Unit(name, dtype, info.shape, MERGE, inputs, base, options)
+    unit.post = post_steps(recipe, name, unit.matrix, whole)
+    return unit
 
 
 def _widest(codes: Iterable[str]) -> str:

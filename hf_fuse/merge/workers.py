@@ -55,7 +55,7 @@ def _parameters(function: Callable) -> tuple[str, ...]:
 
 
 def needs_whole_tensor(method: Method, unit: Unit) -> bool:
-    """Whether the method must see this tensor in one piece instead of blocks."""
+    """Whether the method must see this tensor (of a stack of matrices, each) in one piece instead of blocks."""
     return _granularity(method, unit) == "tensor"
 
 
@@ -63,6 +63,8 @@ def row_length(method: Method, unit: Unit) -> int | None:
     """Elements in a row, if the method must see whole rows; else None."""
     if _granularity(method, unit) != "rows":
         return None
+    if unit.matrix != unit.shape:
+        return unit.shape[-1]
     rows = unit.shape[0] if len(unit.shape) > 1 else 1
     return max(unit.numel // max(rows, 1), 1)
 

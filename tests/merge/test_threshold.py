@@ -56,8 +56,9 @@ def test_shares_of_what_is_not_zero(monkeypatch, sample_above):
     tensor[1, 10:] = 0
     ordered = tensor.abs().sort(descending=True).values
     nonzero = int(tensor[0].count_nonzero())
-    expected = [float(ordered[0, int(0.1 * nonzero) - 1]), float(ordered[1, 2]), math.inf]
+    expected = [float(ordered[0, int(0.1 * nonzero) - 1]), float(ordered[1, 2]), float(ordered[1, 0])]
     assert find(tensor, [0.1, 0.3, 0.05], rows=[0, 1, 1], of_nonzero=True) == expected
+    assert find(torch.zeros(1, 40_000), [0.1], of_nonzero=True) == [math.inf]
     assert find(torch.zeros(1, 50), [0.5], of_nonzero=True) == [math.inf]
 
 

@@ -1,4 +1,4 @@
-"""The sign step that TIES, DARE-TIES and their relatives share: elect a sign per element, combine what agrees."""
+"""The last step of most methods: add the models' changes up, or elect a sign per element and combine what agrees."""
 
 from __future__ import annotations
 
@@ -19,6 +19,13 @@ def total_of(values: Iterable[Tensor]) -> Tensor:
     for value_N in rest[:-1]:
         total_N.add_(value_N)
     return total_N
+
+
+def add_up(values: Iterable[Tensor], weight: Sequence[float], *, normalize: bool) -> Tensor:
+    """Sum over models of K rows ``[N]`` that are already multiplied by their weights; with ``normalize`` divided by the
+    sum of the weights, if that is not 0."""
+    total_N = total_of(values)
+    return total_N.div_(sum(weight) or 1.0) if normalize else total_N
 
 
 def sign_balance(values: Iterable[Tensor]) -> Tensor:

@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 from hf_fuse.errors import RecipeError
-from hf_fuse.merge.methods._passes import Measurement, Pass, Seen
 from hf_fuse.merge.methods._random import STEPS, TensorRandom
 
 
@@ -40,7 +39,9 @@ def keep_steps(delta_RC: Tensor, density: float, epsilon: float) -> Tensor:
     return torch.empty_like(delta_RC).scatter_(-1, ascending_order(delta_RC), ramp_RC)
 
 
-def _dropped(delta_RC: Tensor, model: int, density: float, epsilon: float, random: TensorRandom, divide: bool):
+def drop(
+    model: int, delta_RC: Tensor, density: float, epsilon: float, random: TensorRandom, *, divide: bool = False
+) -> Tensor:
     """``mask * tau``, divided by the keep probability of each element with ``divide``. ``[R, C]``"""
     if density >= 1:
         return delta_RC.clone()
@@ -54,19 +55,6 @@ def _dropped(delta_RC: Tensor, model: int, density: float, epsilon: float, rando
     if divide:
         mask_RC.mul_(STEPS).div_(steps_RC)
     return mask_RC.mul_(delta_RC)
-
-
-def l1_factors(count: int) -> Measurement:
-    """K factors that restore the L1 norm each tensor had before dropping (mergekit's rescaling)."""
-
-    def add(block_KRC: Tensor, total: Tensor, seen: Seen) -> None:
-        density, epsilon = seen.options["density"], seen.options["epsilon"]
-        for k, delta_RC in enumerate(block_KRC):
-            total[k, 0] += delta_RC.abs().sum().item()
-            total[k, 1] += _dropped(delta_RC, k, density[k], epsilon[k], seen.random, False).abs().sum().item()
-
-    sums = yield Pass(torch.zeros(count, 2, dtype=torch.float64), add)
-    return [float(before / after) if after > 0 else 1.0 for before, after in sums]
 
 
 def drop_by_rank(
@@ -83,7 +71,7 @@ def drop_by_rank(
     1/p: the given L1 factors, those of the block itself if there are none, or 1."""
     rows = []
     for k, delta_RC in enumerate(deltas_KRC):
-        kept_RC = _dropped(delta_RC, k, density[k], epsilon[k], random, rescale == "probability")
+        kept_RC = drop(k, delta_RC, density[k], epsilon[k], random, divide=rescale == "probability")
         factor = weight[k]
         if rescale == "l1_norm" and factors is not None:
             factor *= factors[k]

@@ -42,7 +42,8 @@ def kth_largest_magnitude(
     A rank beyond ``numel`` gives 0.
 
     Args:
-        of_nonzero: the ranks are shares of how many are not zero, ``int(share * count)``; rank 0 gives infinity.
+        of_nonzero: the ranks are shares of how many are not zero, ``int(share * count)`` and at least one; infinity if
+            all are zero.
         rows: which row of a block each rank is asked of; by default one rank per model.
         values: what to rank instead of the block itself, see :data:`Values`.
         ulps: how many neighbouring floats may be taken for one; the lowest of them is returned.
@@ -67,7 +68,7 @@ def kth_largest_magnitude(
         if largest is not None:
             largest[:] = most.tolist()
         if of_nonzero:
-            ranks = [int(e * int(c[-1])) for c, e in zip(counts, expected)]
+            ranks = [max(1, int(e * int(c[-1]))) if c[-1] else 0 for c, e in zip(counts, expected)]
         # A sample may have pointed beside the mark; then that rank starts again without one. What is larger than
         # everything is NaN (let in by the user) and counts as infinite.
         found = [_find(c, w, r) for c, w, r in zip(counts, windows, ranks)]

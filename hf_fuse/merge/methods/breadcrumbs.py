@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 import torch
 from torch import Tensor
 
-from hf_fuse.merge.methods._election import total_of
+from hf_fuse.merge.methods._election import add_up
 from hf_fuse.merge.methods._passes import Measurement
 from hf_fuse.merge.methods._trim import band_thresholds, trimmed
 from hf_fuse.registry import Between, PerModel
@@ -52,5 +52,5 @@ def breadcrumbs(
         state: lowest and highest magnitude to keep.
     """
     lowest, highest = state
-    scale = lambda_ / (sum(weight) or 1.0) if normalize else lambda_
-    return total_of(trimmed(deltas_KN, lowest, weight, highest)).mul_(scale)
+    values = trimmed(deltas_KN, lowest, weight, highest)
+    return add_up(values, weight, normalize=normalize).mul_(lambda_)

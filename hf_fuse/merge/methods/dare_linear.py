@@ -8,9 +8,9 @@ from typing import Annotated, Literal
 import torch
 from torch import Tensor
 
-from hf_fuse.merge.methods._drop import drop_and_rescale, l1_factors
-from hf_fuse.merge.methods._election import total_of
-from hf_fuse.merge.methods._passes import Measurement
+from hf_fuse.merge.methods._drop import drop, drop_and_rescale, l1_factors
+from hf_fuse.merge.methods._election import add_up
+from hf_fuse.merge.methods._passes import Measurement, Seen
 from hf_fuse.merge.methods._random import TensorRandom
 from hf_fuse.registry import Between, PerModel
 
@@ -20,9 +20,10 @@ MEASURE_SCOPE = "tensor"
 
 
 def measure(count: int, numel: int, dtype: torch.dtype, *, density: Sequence[float], rescale: str) -> Measurement:
-    if rescale == "l1_norm":
-        return (yield from l1_factors(count, density))
-    return None
+    def dropped(k: int, delta_N: Tensor, seen: Seen) -> Tensor:
+        return drop(k, delta_N, density[k], seen.random)[0]
+
+    return (yield from l1_factors(count, dropped)) if rescale == "l1_norm" else None
 
 
 def dare_linear(
@@ -49,6 +50,5 @@ def dare_linear(
         state: factors for ``l1_norm``.
         random: keyed by seed, tensor, model and position: chunks and ranks do not matter.
     """
-    scale = lambda_ / (sum(weight) or 1.0) if normalize else lambda_
     values = drop_and_rescale(deltas_KN, weight, density, random, rescale=rescale, factors=state)
-    return total_of(values).mul_(scale)
+    return add_up(values, weight, normalize=normalize).mul_(lambda_)

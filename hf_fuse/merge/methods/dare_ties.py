@@ -5,24 +5,19 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Annotated, Literal
 
-import torch
 from torch import Tensor
 
-from hf_fuse.merge.methods._drop import drop_and_rescale, l1_factors
+from hf_fuse.merge.methods._drop import drop_and_rescale
 from hf_fuse.merge.methods._election import POSITIVE, combine_agreeing
-from hf_fuse.merge.methods._passes import Measurement
 from hf_fuse.merge.methods._random import TensorRandom
+from hf_fuse.merge.methods.dare_linear import measure
 from hf_fuse.registry import Between, PerModel
+
+__all__ = ["dare_ties", "measure"]
 
 PAPER = "https://arxiv.org/abs/2311.03099"
 SCALARS = "mean"
 MEASURE_SCOPE = "tensor"
-
-
-def measure(count: int, numel: int, dtype: torch.dtype, *, density: Sequence[float], rescale: str) -> Measurement:
-    if rescale == "l1_norm":
-        return (yield from l1_factors(count, density))
-    return None
 
 
 def dare_ties(

@@ -8,10 +8,11 @@ from typing import Annotated, Literal
 import torch
 from torch import Tensor
 
+from hf_fuse.merge.methods._drop import l1_factors
 from hf_fuse.merge.methods._election import POSITIVE, combine_agreeing
-from hf_fuse.merge.methods._passes import Measurement
+from hf_fuse.merge.methods._passes import Measurement, Seen
 from hf_fuse.merge.methods._random import TensorRandom
-from hf_fuse.merge.methods._rank_drop import drop_by_rank, l1_factors
+from hf_fuse.merge.methods._rank_drop import drop, drop_by_rank
 from hf_fuse.registry import Between, PerModel
 
 PAPER = "https://arxiv.org/abs/2406.11617"
@@ -24,10 +25,13 @@ def unit(ranks: str) -> str:
     return "tensor" if ranks == "tensor" else "rows"
 
 
-def measure(count: int, numel: int, dtype: torch.dtype, *, rescale: str) -> Measurement:
-    if rescale == "l1_norm":
-        return (yield from l1_factors(count))
-    return None
+def measure(
+    count: int, numel: int, dtype: torch.dtype, *, density: Sequence[float], epsilon: Sequence[float], rescale: str
+) -> Measurement:
+    def dropped(k: int, delta_RC: Tensor, seen: Seen) -> Tensor:
+        return drop(k, delta_RC, density[k], epsilon[k], seen.random)
+
+    return (yield from l1_factors(count, dropped)) if rescale == "l1_norm" else None
 
 
 def della(

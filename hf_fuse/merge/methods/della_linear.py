@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 
 from torch import Tensor
 
-from hf_fuse.merge.methods._election import total_of
+from hf_fuse.merge.methods._election import add_up
 from hf_fuse.merge.methods._random import TensorRandom
 from hf_fuse.merge.methods._rank_drop import drop_by_rank
 from hf_fuse.merge.methods.della import measure, unit
@@ -48,9 +48,8 @@ def della_linear(
         state: factors for ``l1_norm``.
         random: keyed by seed, tensor, model and position.
     """
-    scale = lambda_ / (sum(weight) or 1.0) if normalize else lambda_
     values = drop_by_rank(
         deltas_KN.flatten(1)[:, None] if ranks == "tensor" else deltas_KN,
         weight, density, epsilon, random, rescale=rescale, factors=state,
     )  # fmt: skip
-    return total_of(values).mul_(scale)
+    return add_up(values, weight, normalize=normalize).mul_(lambda_)

@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 import torch
 from torch import Tensor
 
-from hf_fuse.merge.methods._election import total_of
+from hf_fuse.merge.methods._election import add_up
 from hf_fuse.merge.methods._passes import Measurement
 from hf_fuse.merge.methods._trim import band_thresholds, trimmed
 from hf_fuse.registry import Between, PerModel
@@ -45,5 +45,4 @@ def magnitude(
         state: thresholds.
     """
     lowest, _ = state
-    scale = lambda_ / (sum(weight) or 1.0) if normalize else lambda_
-    return total_of(trimmed(deltas_KN, lowest, weight)).mul_(scale)
+    return add_up(trimmed(deltas_KN, lowest, weight), weight, normalize=normalize).mul_(lambda_)

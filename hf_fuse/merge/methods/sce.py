@@ -51,7 +51,7 @@ def sce(
     Args:
         deltas_KN: task vectors, N elements.
         density: share of the positions to merge, those where the models' variance is largest, of all where it is not
-            zero; the others stay at the base. 1 merges every position. FuseChat-7B used 0.1, FuseO1 1.
+            zero, and at least one. The others stay at the base; 1 merges all. FuseChat-7B used 0.1, FuseO1 1.
         state: the least variance to select, and the weights eta: mean squares of the selected task vectors, normalised.
 
     Positions whose variance equals the threshold are all selected. Where models agree there is no variance: below
