@@ -21,7 +21,7 @@ from typing import Annotated, Any, Literal
 
 from hf_fuse.errors import RecipeError
 
-KINDS = {"merge": "hf_fuse.merge.methods", "post": "hf_fuse.merge.post"}
+KINDS = {"merge": "hf_fuse.merge.methods", "post": "hf_fuse.merge.post", "losses": "hf_fuse.losses"}
 LARGEST = 3.4028234663852886e38  # float32's
 # Filled in by the engine, not by the user.
 SUPPLIED = ("state", "random", "base", "place")
@@ -159,7 +159,7 @@ def get(kind: str, name: str) -> Method:
 
 
 def _options(function: Callable) -> dict[str, Option]:
-    hints = typing.get_type_hints(function, include_extras=True)
+    hints = typing.get_type_hints(function.__init__ if isinstance(function, type) else function, include_extras=True)
     found = {}
     for parameter in inspect.signature(function).parameters.values():
         if parameter.kind is not inspect.Parameter.KEYWORD_ONLY or parameter.name in SUPPLIED:

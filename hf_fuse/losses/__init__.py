@@ -1,7 +1,15 @@
 """Losses: one file, one function of the same name.
 
-A loss is a pure function of named tensors that returns a scalar, computed in fp32. Its parameters say what it needs:
+A loss is a pure function of named tensors that returns a scalar, computed in fp32: a mean. :class:`hf_fuse.FuseTrainer`
+weighs the means of micro-batches by how much of the whole batch they hold: predictions if the loss takes ``labels``,
+else tokens if it takes ``attention_mask``, else samples, or what the module's ``MEAN_OVER`` says. Keyword-only
+parameters are options; the others say what it needs, and a shape suffix (``logits_NC``) is not part of the name:
 
+- ``logits``, ``labels``: ``(N, C)`` and ``(N,)``, the predictions that have a label (for causal language models, the
+  next token): padding and shifting are done;
+- ``second_logits``: ``(N, C)``, of a second forward pass;
+- ``hidden_states``, ``attentions``: tuples of ``(B, S, D)`` and ``(B, heads, S, S)``;
+- ``class_counts``: ``(C,)``, of the labels in the training set; ``progress``: share of the training that is done;
 - ``router_logits``: a tuple with the gate's logits of each routed layer, ``(N, E)`` or ``(B, S, E)``; the softmax of
   them is what the router weighs experts by;
 - ``router_weights``: a tuple with the weights that each token gave each expert, of the same shapes, 0 where an

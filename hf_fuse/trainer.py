@@ -1,0 +1,417 @@
+"""``FuseTrainer``: ``transformers.Trainer`` whose loss is the task loss plus weighted objectives.
+
+What makes it right under gradient accumulation and on several processes: every loss is a mean over its micro-batch, and
+counts by the micro-batch's share in the whole batch of the optimizer step. The Trainer's own rule (the model divides by
+``num_items_in_batch``) holds only for models and terms that know about it, and multiplies all others by the number of
+accumulation steps.
+"""
+
+from __future__ import annotations
+
+import inspect
+import logging
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+import torch
+from accelerate.utils import find_batch_size
+from torch import Tensor, nn
+from transformers import Trainer, TrainingArguments
+from transformers.trainer_utils import EvalLoopOutput
+
+from hf_fuse.errors import FuseError
+from hf_fuse.loss_inputs import (
+    FROM_MODEL,
+    FROM_TRAINER,
+    IGNORED,
+    SECOND,
+    check_needs,
+    class_counts,
+    forward_options,
+    kept_labels,
+    kept_predictions,
+    own_balance_weight,
+    router_choices,
+    without,
+)
+from hf_fuse.objectives import PREDICTIONS, UNITS, load_states, read_objectives, save_states
+from hf_fuse.router_report import ExpertUsageChart, RouterUsage, top_k_statistics
+from hf_fuse.trainer_logs import Averages
+
+if TYPE_CHECKING:
+    from peft import PeftConfig
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass
+class FuseConfig(TrainingArguments):
+    """``TrainingArguments`` and the objectives.
+
+    Raises:
+        RecipeError: an objective that does not exist or has a wrong option.
+    """
+
+    _VALID_DICT_FIELDS = [*TrainingArguments._VALID_DICT_FIELDS, "objectives"]
+
+    objectives: dict[str, Any] | str | None = field(
+        default=None,
+        metadata={
+            "help": "Losses added to the task loss: name -> weight, {start, end, after, until, shape}, or {weight, "
+            "options of the loss}; 'task' is the weight of the task loss (1 unless given). A JSON string is read too."
+        },
+    )
+    router_statistics: bool = field(
+        default=True,
+        metadata={"help": "Log load, entropy and dropped tokens of each router, and draw a heat map of expert usage."},
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        read_objectives(self.objectives or {})
+
+
+class FuseTrainer(Trainer):
+    """Trains with ``loss = w_task * task_loss + sum of w * objective``, each term logged under its own name.
+
+    Every term is the mean over the whole batch of an optimizer step, whatever the number of accumulation steps and
+    processes; only losses that compare the samples of a batch with each other see those of a micro-batch alone.
+    ``eval_loss`` is the task loss, the mean over the whole evaluation set, so that it compares runs and moments with
+    different weights; the other objectives are logged beside it as ``eval_<name>``.
+
+    What a loss needs is read from the names of its parameters (:mod:`hf_fuse.losses`). A subclass offers further
+    tensors by :attr:`extra_tensors` and :meth:`named_tensors`.
+
+    Args:
+        model: a transformers or PEFT model.
+        args: a :class:`FuseConfig`.
+        peft_config: puts an adapter of this kind on ``model``.
+        trainer_arguments: all others of ``transformers.Trainer``: ``train_dataset``, ``eval_dataset``,
+            ``processing_class``, ``data_collator``, ``compute_loss_func``, ``compute_metrics``, ``callbacks``,
+            ``optimizers``...
+
+    Raises:
+        FuseError: the model or the data can't give what an objective needs.
+    """
+
+    # Losses are normalised over the whole batch of the optimizer step here: the Trainer must not divide them again.
+    loss_is_scaled_for_ga = True
+    # Names of tensors that a subclass's `named_tensors` adds.
+    extra_tensors: frozenset[str] = frozenset()
+
+    def __init__(
+        self,
+        model: nn.Module | None = None,
+        args: FuseConfig | None = None,
+        *,
+        peft_config: PeftConfig | None = None,
+        **trainer_arguments: Any,
+    ) -> None:
+        args = FuseConfig() if args is None else args
+        _check_arguments(model, args)
+        if peft_config is not None:
+            model = _with_adapter(model, peft_config)
+        self.task_weight, self.objectives = read_objectives(args.objectives or {})
+        super().__init__(model, args, **trainer_arguments)
+        base = self.accelerator.unwrap_model(self.model)
+        self._base = base.get_base_model() if hasattr(base, "get_base_model") else base
+        self._check_model()
+        self._whole_batch: Tensor | None = None
+        self._window, self._evaluation = Averages(), Averages()
+        self.router_usage = RouterUsage()
+        if args.router_statistics:
+            self.add_callback(ExpertUsageChart(self))
+        for objective in self.objectives:
+            if objective.stateful:
+                objective.loss.to(args.device)
+
+    def named_tensors(self, needed: set[str], model: nn.Module, inputs: dict[str, Any], outputs: Any) -> dict[str, Any]:
+        """What losses ask for, by name; None or no entry for what this batch and output don't have.
+
+        Args:
+            needed: names that the losses of this step ask for.
+            model: as wrapped for training; for further forward passes.
+            inputs: the batch, with the columns that the model doesn't take.
+            outputs: of the model.
+        """
+        found = {name: inputs.get(name) for name in needed}
+        found |= {name: getattr(outputs, name, None) for name in needed & FROM_MODEL.keys()}
+        labels, shifted = self._labels(inputs)
+        if labels is not None and needed & {"logits", "labels", "second_logits"}:
+            found["logits"], found["labels"] = kept_predictions(outputs.logits, labels, shifted=shifted)
+        if labels is not None and "second_logits" in needed:
+            second = self._second_forward(model, inputs)
+            found["second_logits"], _ = kept_predictions(second.logits, labels, shifted=shifted)
+        router_logits = getattr(outputs, "router_logits", None)
+        if "router_weights" in needed and found["router_weights"] is None and router_logits:
+            found["router_weights"] = router_choices(router_logits, self._base.config.num_experts_per_tok)
+        if "class_counts" in needed:
+            found["class_counts"] = self._class_counts
+        if "progress" in needed:
+            found["progress"] = self.state.global_step / max(self.state.max_steps, 1)
+        return found
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Tensor | tuple[Tensor, Any]:
+        """In training, this micro-batch's part of the total loss; in evaluation, its mean task loss."""
+        inputs = dict(inputs) if model.training else self._without_repeats(inputs)
+        weights = self._weights(model.training)
+        active = [objective for objective in self.objectives if objective.name in weights]
+        needed = {name for objective in active for name in objective.needs.values()}
+        asked = forward_options(needed)
+        counts_U = self._count(inputs)
+        task, router_loss, outputs = self._forward(model, self._of_model(inputs) | asked, counts_U)
+
+        terms = {"task_loss": (weights["task_loss"], task, PREDICTIONS)}
+        if router_loss is not None:
+            terms["aux_loss"] = (1.0, router_loss, PREDICTIONS)
+        tensors = self.named_tensors(needed, model, inputs, outputs) if active else {}
+        for objective in active:
+            arguments = objective.arguments(tensors)
+            if arguments is not None:
+                terms[objective.name] = (weights[objective.name], objective.loss(**arguments), objective.mean_over)
+            elif model.training:
+                lacking = [name for name in objective.needs.values() if tensors.get(name) is None]
+                raise FuseError(
+                    f"objectives.{objective.name}: needs {', '.join(lacking)}, which neither the batch (it has "
+                    f"{', '.join(inputs)}) nor the output of {type(self._base).__name__} contains."
+                )
+        if not model.training:
+            return self._evaluated(terms, counts_U, outputs, asked, return_outputs)
+        if self.args.router_statistics:
+            self._observe_routers(outputs, inputs, counts_U)
+        loss = self._total(terms, counts_U)
+        return (loss, outputs) if return_outputs else loss
+
+    def _total(self, terms: dict[str, tuple[float, Tensor, str]], counts_U: Tensor) -> Tensor:
+        """Weighted sum of the terms, each times this micro-batch's share in the whole batch."""
+        whole_U = counts_U if self._whole_batch is None else self._whole_batch
+        share_U = counts_U / whole_U.clamp(min=1)
+        total = torch.zeros((), device=counts_U.device)
+        for name, (weight, value, unit) in terms.items():
+            share = share_U[UNITS.index(unit)].to(value.device)
+            # The mean over nothing is NaN in some models; here it counts for nothing.
+            value = torch.where(share > 0, value, 0.0)
+            if len(terms) > 1:
+                self._window.add(name, value, share)
+            # Gradients are averaged over the processes, shares refer to all of them.
+            total = total + weight * share * self._averaged_processes * value
+        return total
+
+    def _evaluated(
+        self,
+        terms: dict[str, tuple[float, Tensor, str]],
+        counts_U: Tensor,
+        outputs: Any,
+        asked: dict,
+        return_outputs: bool,
+    ) -> Tensor | tuple[Tensor, Any]:
+        for name, (_, value, unit) in terms.items():
+            self._evaluation.add(name, value, counts_U[UNITS.index(unit)])
+        task = terms["task_loss"][1]
+        if not return_outputs:
+            return task
+        return task, without(outputs, {"aux_loss", *(name.removeprefix("output_") for name in asked)})
+
+    def _forward(self, model: nn.Module, inputs: dict[str, Any], counts_U: Tensor) -> tuple[Tensor, Tensor | None, Any]:
+        """Mean task loss of the micro-batch, the weighted loss of the model's own routers or None, and the output."""
+        # With the count of this micro-batch, those models that normalise by it return the mean as the others do.
+        counted = isinstance(self._labels(inputs)[0], Tensor)
+        items = counts_U[UNITS.index(PREDICTIONS)].clamp(min=1) if counted else None
+        apart = (self.label_smoother or self.compute_loss_func) and "labels" in inputs
+        loss, outputs = super().compute_loss(model, inputs, return_outputs=True, num_items_in_batch=items)
+        if counted and (self.model_accepts_loss_kwargs or self.compute_loss_func):
+            loss = loss / self._averaged_processes  # the Trainer has multiplied by it
+        router_loss = getattr(outputs, "aux_loss", None)
+        if router_loss is None:
+            return loss, None, outputs
+        if hasattr(outputs, "aux_loss_folded"):
+            folded, wanted = outputs.aux_loss_folded, True
+        else:
+            router_loss = router_loss.to(loss.device) * (own_balance_weight(self._base) or 0.0)
+            folded, wanted = not apart, self._base.config.get_text_config().output_router_logits
+        return loss - router_loss if folded else loss, router_loss if wanted else None, outputs
+
+    def _second_forward(self, model: nn.Module, inputs: dict[str, Any]) -> Any:
+        """The output for the columns ``second_*``, or for the same inputs under other dropout."""
+        second = {name.removeprefix(SECOND): value for name, value in inputs.items() if name.startswith(SECOND)}
+        second = second or self._of_model(inputs)
+        if not self._base.config.is_encoder_decoder:
+            second.pop("labels", None)
+        return model(**second)
+
+    def get_batch_samples(
+        self, epoch_iterator: Iterator, num_batches: int, device: torch.device
+    ) -> tuple[list, Tensor | int | None]:
+        """The micro-batches of an optimizer step; counts what they hold on all processes."""
+        batches, items = super().get_batch_samples(epoch_iterator, num_batches, device)
+        if batches:
+            self._check_columns(batches[0])
+            whole_U = torch.stack([self._count(batch) for batch in batches]).sum(0)
+            if self.args.average_tokens_across_devices:
+                whole_U = self.accelerator.reduce(whole_U, "sum") / self.get_tp_size()
+            self._whole_batch = whole_U
+        return batches, items
+
+    def evaluation_loop(self, *args: Any, **kwargs: Any) -> EvalLoopOutput:
+        self._evaluation.clear()
+        output = super().evaluation_loop(*args, **kwargs)
+        prefix = kwargs.get("metric_key_prefix") or (args[4] if len(args) > 4 else "eval")
+        means = self._evaluation.take(self.accelerator)
+        if "task_loss" in means:
+            output.metrics[f"{prefix}_loss"] = means.pop("task_loss")
+        output.metrics.update({f"{prefix}_{name}": value for name, value in means.items()})
+        return output
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        if "loss" in logs:
+            logs |= self._window.take(self.accelerator)
+            # Of the optimizer step that has just been made.
+            moment = self.state.global_step - 1, self.state.max_steps
+            named = {"task": self.task_weight} | {objective.name: objective.weight for objective in self.objectives}
+            logs |= {f"{name}_weight": weight(*moment) for name, weight in named.items() if not weight.constant}
+            logs |= self.router_usage.take(self.accelerator)
+        super().log(logs, start_time)
+
+    def _weights(self, training: bool) -> dict[str, float]:
+        """Name -> weight of the terms to be computed now."""
+        if not training:
+            # Without dropout a second view is the first one, and states belong to the training.
+            fit = [o for o in self.objectives if not o.stateful and "second_logits" not in o.needs.values()]
+            return {"task_loss": 1.0} | {objective.name: 1.0 for objective in fit}
+        moment = self.state.global_step, self.state.max_steps
+        weights = {objective.name: objective.weight(*moment) for objective in self.objectives}
+        return {"task_loss": self.task_weight(*moment)} | {name: weight for name, weight in weights.items() if weight}
+
+    def _labels(self, inputs: dict[str, Any]) -> tuple[Any, bool]:
+        """The labels, and whether they are still to be shifted by one against the logits."""
+        if inputs.get("shift_labels") is not None:
+            return inputs["shift_labels"], False
+        return inputs.get("labels"), self._loss_shifts_labels
+
+    def _count(self, inputs: dict[str, Any]) -> Tensor:
+        """How many predictions, samples and tokens are in a batch, in the order of ``UNITS``."""
+        labels, shifted = self._labels(inputs)
+        mask, ids = inputs.get("attention_mask"), inputs.get("input_ids")
+        samples = tokens = predictions = find_batch_size(self._of_model(inputs))
+        if isinstance(labels, Tensor):
+            predictions = kept_labels(labels, shifted=shifted).ne(IGNORED).sum()
+        if isinstance(mask, Tensor) and mask.dim() == 2:
+            tokens = mask.ne(0).sum()
+        elif isinstance(ids, Tensor):
+            tokens = ids.numel()
+        counts = (predictions, samples, tokens)
+        return torch.stack([torch.as_tensor(count, device=self.args.device) for count in counts])
+
+    @cached_property
+    def _averaged_processes(self) -> int:
+        """Number of processes whose batches make up the whole batch of an optimizer step."""
+        return self.accelerator.num_processes // self.get_tp_size() if self.args.average_tokens_across_devices else 1
+
+    @cached_property
+    def _class_counts(self) -> Tensor:
+        return class_counts(self.train_dataset, self._base.config.num_labels).to(self.args.device)
+
+    @cached_property
+    def _loss_columns(self) -> set[str]:
+        """Columns of the data that losses need and the model doesn't take."""
+        names = {name for objective in self.objectives for name in objective.needs.values()}
+        names -= FROM_MODEL.keys() | FROM_TRAINER.keys() | self.extra_tensors
+        return names - {"labels", *inspect.signature(self._base.forward).parameters}
+
+    def _of_model(self, inputs: dict[str, Any]) -> dict[str, Any]:
+        columns = self._loss_columns
+        return {name: value for name, value in inputs.items() if name not in columns and not name.startswith(SECOND)}
+
+    def _set_signature_columns_if_needed(self) -> None:
+        """Keeps the columns that losses need when the Trainer removes unused ones."""
+        if self._signature_columns is None:
+            super()._set_signature_columns_if_needed()
+            self._signature_columns += [*self._loss_columns, *(SECOND + name for name in self._signature_columns)]
+
+    def _without_repeats(self, inputs: dict[str, Any]) -> dict[str, Any]:
+        """Ignores the labels of the samples with which accelerate fills up the last round of an evaluation."""
+        state, labels = self.accelerator.gradient_state, inputs.get("labels")
+        filled_up = self.accelerator.num_processes > 1 and state.end_of_dataloader and state.remainder > 0
+        if not filled_up or not isinstance(labels, Tensor) or labels.is_floating_point():
+            return dict(inputs)
+        place_B = self.accelerator.process_index * len(labels) + torch.arange(len(labels), device=labels.device)
+        repeated = (place_B >= state.remainder).view(-1, *[1] * (labels.dim() - 1))
+        return dict(inputs) | {"labels": labels.masked_fill(repeated, IGNORED)}
+
+    def _observe_routers(self, outputs: Any, inputs: dict[str, Any], counts_U: Tensor) -> None:
+        router_logits = getattr(outputs, "router_logits", None)
+        if not router_logits:
+            return
+        if hasattr(outputs, "aux_loss_folded"):
+            from hf_fuse.adapters.router_collector import router_statistics
+
+            statistics = router_statistics(self._base)
+        else:
+            top_k = self._base.config.get_text_config().num_experts_per_tok
+            statistics = top_k_statistics(router_logits, top_k, inputs.get("attention_mask"))
+        for router, values in statistics.items():
+            self.router_usage.add(router, values, counts_U[UNITS.index("tokens")])
+
+    def _check_model(self) -> None:
+        parallelism = getattr(self.accelerator, "parallelism_config", None)
+        if parallelism is not None and (parallelism.cp_enabled or parallelism.sp_enabled):
+            raise FuseError(
+                "Context and sequence parallelism split a sample's tokens, which the objectives don't support."
+            )
+        for objective in self.objectives:
+            check_needs(objective, self._base, self.train_dataset, self.extra_tensors)
+
+    def _check_columns(self, batch: dict[str, Any]) -> None:
+        for objective in self.objectives:
+            columns = objective.required - FROM_MODEL.keys() - FROM_TRAINER.keys() - self.extra_tensors
+            missing = sorted(columns - {*batch, "attention_mask"})
+            if missing:
+                raise FuseError(
+                    f"objectives.{objective.name}: needs {', '.join(missing)}, but the batches have only "
+                    f"{', '.join(batch)}. Add such a column to the data, or to what the data collator returns."
+                )
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        super()._save_optimizer_and_scheduler(output_dir)
+        save_states(self.objectives, output_dir, self.args.process_index)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        super()._load_optimizer_and_scheduler(checkpoint)
+        if checkpoint is not None:
+            load_states(self.objectives, checkpoint, self.args.process_index)
+
+
+def _check_arguments(model: Any, args: Any) -> None:
+    if not hasattr(Trainer, "loss_is_scaled_for_ga"):
+        raise FuseError("This transformers can't be told how a loss is scaled. Run: pip install -U transformers")
+    if not isinstance(args, FuseConfig):
+        raise FuseError(f"args is a {type(args).__name__}, expected a FuseConfig: TrainingArguments with objectives.")
+    if isinstance(model, str):
+        raise FuseError(
+            f"model is the name {model!r}, expected a model. Load it first, with the head that the task needs: "
+            "AutoModelForCausalLM.from_pretrained(...), AutoModelForSequenceClassification.from_pretrained(...)."
+        )
+    if args.n_gpu > 1:
+        logger.warning(
+            "%d GPUs are visible, but this is a single process: it uses one of them. To use all, start it with "
+            "accelerate launch --num_processes %d.",
+            args.n_gpu,
+            args.n_gpu,
+        )
+        args._n_gpu = 1
+
+
+def _with_adapter(model: Any, peft_config: PeftConfig) -> nn.Module:
+    from peft import PeftModel, get_peft_model
+
+    if isinstance(model, PeftModel):
+        raise FuseError("The model has an adapter already. Give either a PeftModel or a peft_config, not both.")
+    return get_peft_model(model, peft_config)
