@@ -15,7 +15,12 @@ parameters are options; the others say what it needs, and a shape suffix (``logi
 - ``router_weights``: a tuple with the weights that each token gave each expert, of the same shapes, 0 where an
   expert was not chosen;
 - ``attention_mask``: ``(B, S)`` in the order in which the N tokens were flattened; 0 marks padding, which then takes
-  no part. None counts every token.
+  no part. None counts every token;
+- any other name is a column of the batch (``sample_ids``).
+
+A parameter with a default may stay without a tensor. A loss that carries state (a queue, an average) is an ``nn.Module``
+class of the file's name: its options are those of ``__init__``, its needs those of ``forward``, and its buffers are saved
+in checkpoints. Other packages add losses through the entry point group ``hf_fuse.losses``.
 
 A mask that leaves no token gives 0, tied to the graph, and never NaN.
 """
