@@ -18,9 +18,9 @@ parameters are options; the others say what it needs, and a shape suffix (``logi
   no part. None counts every token;
 - any other name is a column of the batch (``sample_ids``).
 
-A parameter with a default may stay without a tensor. A loss that carries state (a queue, an average) is an ``nn.Module``
-class of the file's name: its options are those of ``__init__``, its needs those of ``forward``, and its buffers are saved
-in checkpoints. Other packages add losses through the entry point group ``hf_fuse.losses``.
+A parameter with a default may stay without a tensor. A loss that carries state (a queue, an average) is a class, an
+``nn.Module`` of the file's name: its options are those of ``__init__``, its needs those of ``forward``, and its buffers
+are saved in checkpoints. Other packages add losses through the entry point group ``hf_fuse.losses``.
 
 A mask that leaves no token gives 0, tied to the graph, and never NaN.
 """
