@@ -122,7 +122,7 @@ class LinearExperts(Experts):
             base_out.reshape(-1, base_out.shape[-1]), x_Td, routes.weights_TE, self.A, self.B, self.lora.scaling,
             dropout=self._dropout(),
         )  # fmt: skip
-        return out_To.view(base_out.shape), routes
+        return out_To.reshape(base_out.shape), routes
 
 
 class PlainLora(Experts):
@@ -163,7 +163,7 @@ class FeedForwardExperts(Experts):
         y_Td = self._with_dora(layer, x_Td, routes) if self.lora.dora else self._routed(layer, x_Td, routes)
         if self.family.dropout == "after_down":
             y_Td = layer.dropout(y_Td)
-        return y_Td.view(*x.shape[:-1], -1), routes
+        return y_Td.reshape(*x.shape[:-1], -1), routes
 
     def _routed(self, layer: nn.Module, x_Td: Tensor, routes: Routes) -> Tensor:
         family = self.family

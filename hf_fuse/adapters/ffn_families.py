@@ -41,6 +41,8 @@ FAMILIES = (
     Family("gate_up_proj", "down_proj", fused=True),  # Phi-3, GLM
     Family("fc1", "fc2"),  # Phi, ViT, DINOv2, CLIP, SigLIP
     Family("c_fc", "c_proj", dropout="after_down"),  # GPT-2
+    Family("fc_in", "fc_out", dropout="after_down"),  # GPT-J, CodeGen
+    Family("lin1", "lin2", dropout="after_down"),  # DistilBERT
     Family("dense_h_to_4h", "dense_4h_to_h"),  # GPT-NeoX, Falcon
     Family("wi_1", "wo", gate="wi_0", dropout="before_down"),  # T5 v1.1, Flan-T5
     Family("wi", "wo", dropout="before_down"),  # T5
