@@ -4,17 +4,26 @@
 
 W1 x and W3 x are the same for all experts, and as W2 is linear, ``sum_e weight_e W2 h_e = W2 sum_e weight_e h_e``: each
 frozen product is made once per token, however many experts it uses.
-Axes: T tokens, d hidden, f width of the layer, E experts, K choices per token, r rank, n = E r.
+Axes: T tokens, d hidden, f width of the layer, E experts, K choices per token, r rank.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from functools import partial
+from typing import Literal
 
+import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
+from hf_fuse.adapters.expert_loop import Projection, expert_loop
+from hf_fuse.adapters.expert_slots import can_group, expert_groups, expert_slots
 from hf_fuse.adapters.routing import Routes
+
+# Columns of all experts' factors side by side from which on grouped products are expected to be faster on a GPU:
+# below it a masked product is limited by memory, not by arithmetic (reckoned for an H200, not measured).
+GROUPED_FROM = 512
 
 Factors = tuple[Tensor, Tensor]  # A_Eri, B_Eor
 
@@ -32,57 +41,118 @@ def routed_ffn(
     fused_gate_up: bool = False,
     dropout: float = 0.0,
     hidden_dropout: float = 0.0,
+    kernel: Literal["loop", "slots", "groups"] | None = None,
 ) -> Tensor:
-    """Output of the layer, in the dtype of ``down``'s output.
+    """Output of the layer for T tokens, in the dtype of ``down``'s output.
+
+    Factors are applied in their own dtype, the base's if that is more precise, and autocast's under autocast.
 
     Args:
         x_Td: input.
-        routes: who computes what; weights may be 0, in any number per token.
+        routes: who computes what; any number of weights per token may be 0.
         up: W3, or fc1 of a layer without gate, or with ``fused_gate_up`` the projection to 2 f, gate first. The
-            projections are called and never looked into, so they may be quantised or adapters themselves.
+            projections are called and never looked into (but for ``bias``), so they may be quantised or adapters.
         down: W2.
-        activation: any elementwise function or module without trainable parameters.
+        activation: any elementwise function or module.
         factors: ``{"gate" | "up" | "down": (A_Eri, B_Eor)}``; projections that are missing have no experts.
         scaling: s, or one for each projection that has experts.
         gate: W1; None for a layer without gate and for a fused one.
-        fused_gate_up: ``up`` computes both.
-        dropout: probability of dropping a factor's input, 0 outside training. One mask for all experts and for gate
+        dropout: probability of dropping a factor's input, 0 outside training. One mask for all experts, and for gate
             and up (MixLoRA draws one per expert and projection).
         hidden_dropout: of the base layer itself, between activation and ``down`` (T5); 0 outside training.
+        kernel: how the experts are evaluated; None chooses by device: ``loop`` on the CPU, elsewhere and under
+            torch.compile ``slots``, or ``groups`` for bf16 factors with E r > 512.
     """
-    scalings = scaling if isinstance(scaling, Mapping) else dict.fromkeys(("gate", "up", "down"), scaling)
-    experts = routes.weights_TE.shape[1]
-    base_up_Tf = up(x_Td)
-    base_gate_Tf = gate(x_Td) if gate is not None else None
-    dropped_Td = F.dropout(x_Td, dropout) if dropout else x_Td
-
-    def raised(base: Tensor, name: str, expert: int) -> Tensor:
-        if name not in factors:
-            return base
-        A_rd, B_or = factors[name][0][expert], factors[name][1][expert]
-        delta = F.linear(F.linear(dropped_Td.to(A_rd.dtype), A_rd), B_or) * scalings[name]
-        return (base + delta).to(base.dtype)
-
-    hidden_Tf, delta_Td = 0, 0
-    for expert in range(experts):
-        weight_T1 = routes.weights_TE[:, expert, None]
-        raised_Tf = raised(base_up_Tf, "up", expert)
-        if fused_gate_up:
-            gate_Tf, raised_Tf = raised_Tf.chunk(2, dim=-1)
-            h_Tf = activation(gate_Tf) * raised_Tf
-        elif base_gate_Tf is not None:
-            h_Tf = activation(raised(base_gate_Tf, "gate", expert)) * raised_Tf
-        else:
-            h_Tf = activation(raised_Tf)
-        hidden_Tf = hidden_Tf + weight_T1 * h_Tf
-        if "down" in factors:
-            A_rf, B_dr = factors["down"][0][expert], factors["down"][1][expert]
-            delta_Td = delta_Td + weight_T1 * F.linear(F.linear(h_Tf.to(A_rf.dtype), A_rf), B_dr) * scalings["down"]
-    y_Td = down(hidden_Tf.to(base_up_Tf.dtype))
+    scalings = scaling if isinstance(scaling, Mapping) else dict.fromkeys(factors, scaling)
+    activated, linear, dtype = _projections(x_Td, up, gate, fused_gate_up, factors, scalings, dropout)
+    kept_Tf, kept_by_factors_Tf = _kept(activated.base_Tf, hidden_dropout, dropout if "down" in factors else 0.0)
+    # The masks are 0 and 1: what they scale by is constant, so the factors and the weights can carry it.
+    A_Erf = factors["down"][0].to(dtype) / (1 - dropout) if "down" in factors else None
+    weights_TE = routes.weights_TE / (1 - hidden_dropout)
+    evaluate = _kernel(kernel, activated, linear, A_Erf, activation, routes.chosen_TK)
+    with torch.autocast(x_Td.device.type, enabled=False):
+        hidden_Tf, ranks_TEr = evaluate(activated, linear, weights_TE, A_Erf, activation, kept_Tf, kept_by_factors_Tf)
+    y_Td = down(hidden_Tf)
+    change_Td = 0
     bias_d = getattr(down, "bias", None)
-    if bias_d is not None:
-        y_Td = y_Td + bias_d * (routes.weights_TE.sum(1, keepdim=True) - 1)
-    y_Td = (y_Td + delta_Td).to(y_Td.dtype)
+    if bias_d is not None:  # down added it once, the experts' outputs hold it weight by weight
+        change_Td = (routes.weights_TE.sum(1, keepdim=True) - 1) * bias_d
+    if ranks_TEr is not None:
+        B_dn = factors["down"][1].transpose(0, 1).flatten(1).to(dtype) * scalings["down"]
+        change_Td = F.linear(ranks_TEr.flatten(1), B_dn) + change_Td
     if routes.passed_T is not None:
-        y_Td = y_Td + (routes.passed_T.unsqueeze(-1) * x_Td).to(y_Td.dtype)
-    return y_Td
+        change_Td = routes.passed_T.unsqueeze(-1) * x_Td + change_Td
+    return (y_Td + change_Td).to(y_Td.dtype)
+
+
+def _projections(
+    x_Td: Tensor,
+    up: Callable[[Tensor], Tensor],
+    gate: Callable[[Tensor], Tensor] | None,
+    fused_gate_up: bool,
+    factors: Mapping[str, Factors],
+    scalings: Mapping[str, float],
+    dropout: float,
+) -> tuple[Projection, Projection | None, torch.dtype]:
+    """What goes through the activation, what multiplies it, and the factors' dtype."""
+    up_Tf = up(x_Td)
+    dtype = _factor_dtype(up_Tf, factors)
+    raised = {name: factors[name] for name in ("gate", "up") if name in factors}
+    parts = {}
+    if raised:
+        dropped_Td = F.dropout(x_Td, dropout) if dropout else x_Td
+        # One product for both: it reads x once.
+        A_nd = torch.cat([A_Erd.flatten(0, 1) for A_Erd, _ in raised.values()]).to(dtype)
+        ranks_Tn = F.linear(dropped_Td.to(dtype), A_nd).to(dtype)
+        sizes = [A_Erd.shape[:2] for A_Erd, _ in raised.values()]
+        for name, size, part_Tn in zip(raised, sizes, ranks_Tn.split([e * r for e, r in sizes], 1)):
+            B_Erf = (raised[name][1].transpose(1, 2) * scalings[name]).contiguous()
+            parts[name] = part_Tn.unflatten(1, size), B_Erf.to(dtype)
+    activated, linear = Projection(up_Tf, *parts.get("up", ())), None
+    if gate is not None:
+        return Projection(gate(x_Td), *parts.get("gate", ())), activated, dtype
+    if fused_gate_up:
+        halves = [None, None] if activated.B_Erf is None else activated.B_Erf.chunk(2, 2)
+        activated, linear = (
+            Projection(base_Tf, activated.ranks_TEr, B_Erf) for base_Tf, B_Erf in zip(up_Tf.chunk(2, 1), halves)
+        )
+    return activated, linear, dtype
+
+
+def _factor_dtype(base_Tf: Tensor, factors: Mapping[str, Factors]) -> torch.dtype:
+    dtype, device = base_Tf.dtype, base_Tf.device.type
+    if torch.is_autocast_enabled(device):
+        return torch.promote_types(dtype, torch.get_autocast_dtype(device))
+    for A_Eri, B_Eor in factors.values():
+        dtype = torch.promote_types(dtype, torch.promote_types(A_Eri.dtype, B_Eor.dtype))
+    return dtype
+
+
+def _kept(base_Tf: Tensor, hidden_dropout: float, dropout: float) -> tuple[Tensor | None, Tensor | None]:
+    """Dropout's masks on the hidden activations, and on them as the input of the factors of ``down``."""
+    kept_Tf = torch.empty_like(base_Tf, dtype=torch.bool).bernoulli_(1 - hidden_dropout) if hidden_dropout else None
+    if not dropout:
+        return kept_Tf, kept_Tf
+    kept_by_factors_Tf = torch.empty_like(base_Tf, dtype=torch.bool).bernoulli_(1 - dropout)
+    return kept_Tf, kept_by_factors_Tf if kept_Tf is None else kept_by_factors_Tf & kept_Tf
+
+
+def _kernel(
+    kernel: str | None,
+    activated: Projection,
+    linear: Projection | None,
+    A_Erf: Tensor | None,
+    activation: Callable[[Tensor], Tensor],
+    chosen_TK: Tensor | None,
+) -> Callable[..., tuple[Tensor, Tensor | None]]:
+    if kernel is None:
+        learns = isinstance(activation, nn.Module) and any(p.requires_grad for p in activation.parameters())
+        on_host = activated.base_Tf.device.type == "cpu" and not torch.compiler.is_compiling()
+        kernel = "loop" if on_host and not learns else "slots"
+        factors = [f for f in (activated.B_Erf, linear and linear.B_Erf, A_Erf) if f is not None]
+        columns = max((f.shape[0] * f.shape[1] for f in factors), default=0)
+        if not on_host and columns > GROUPED_FROM and chosen_TK is not None and can_group(*factors):
+            kernel = "groups"
+    if kernel == "loop":
+        return expert_loop
+    return partial(expert_groups if kernel == "groups" else expert_slots, chosen_TK=chosen_TK)
