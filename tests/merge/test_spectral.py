@@ -2,10 +2,12 @@
 
 import pytest
 import torch
+from checks_spectral import low_rank, merged
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hf_fuse.merge.methods._spectral import distinct, polar_factor, thin_svd, triplets
+from hf_fuse.merge.post.subspace_boosting import subspace_boosting
 
 
 def random(*shape, seed=0, dtype=torch.float32):
@@ -82,3 +84,21 @@ def test_distinct_keeps_one_of_each():
     one, other = random(5, 5), random(5, 5, seed=1)
     kept = distinct([one, other, one.clone(), other * (1 + 1e-5), 2 * one])
     assert [torch.equal(k, w) for k, w in zip(kept, [one, other, 2 * one])] == [True] * 3
+
+
+@pytest.mark.parametrize("exponent", [-70, 60])
+@pytest.mark.parametrize("method", ["tsv_m", "iso_c", "iso_cts", "opcm", "subspace_boosting"])
+def test_squares_that_leave_the_range_of_fp32_do_not_matter(method, exponent):
+    """Deltas of 1e-21, or 1e18: their squares are zero, or infinite, in fp32."""
+
+    def run(deltas):
+        return subspace_boosting(sum(deltas)) if method == "subspace_boosting" else merged(method, *deltas)
+
+    families = [
+        [random(20, 30, seed=seed) for seed in range(3)],
+        [low_rank(20, 30, 2, seed=seed) for seed in (0, 0, 1)],
+        [low_rank(300, 6, 2, seed=seed) for seed in range(3)],
+    ]
+    for deltas in families:
+        scaled = run([delta * 2.0**exponent for delta in deltas])
+        torch.testing.assert_close(scaled * 2.0**-exponent, run(deltas), rtol=1e-6, atol=1e-6)

@@ -76,4 +76,4 @@ def _own(matrix_MN: Tensor, common_MR: Tensor, count: int, tolerance: float):
     """The first triplets of what a task has outside the common left space (the right one is not projected out)."""
     rest_MN = torch.addmm(matrix_MN, common_MR, common_MR.T @ matrix_MN, alpha=-1)
     # Relative to the task as a whole: what the projection leaves of a task inside the common space is rounding.
-    return triplets(rest_MN, tolerance, relative_to=float(matrix_MN.norm())).first(count)
+    return triplets(rest_MN, tolerance, relative_to=float(matrix_MN.norm(dtype=torch.float64))).first(count)
