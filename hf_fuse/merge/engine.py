@@ -171,6 +171,7 @@ def merge_state_dicts(
     base: Mapping[str, Tensor] | None = None,
     parameters: Mapping[str, Any] | None = None,
     weights: Sequence[float] | None = None,
+    post: str | Mapping[str, Any] | None = None,
     dtype: str = "float32",
     out_dtype: str | None = None,
     seed: int = 0,
@@ -185,6 +186,7 @@ def merge_state_dicts(
         base: the common base, for methods on task vectors.
         parameters: the method's parameters, as in a recipe (gradients and filters included).
         weights: K numbers, short for the parameter ``weight`` of each model.
+        post: a step after the merge, or steps with their parameters, as in a recipe.
 
     Returns:
         A new state dict on the CPU.
@@ -201,6 +203,7 @@ def merge_state_dicts(
         {"method": method, "models": entries, "parameters": dict(parameters or {}), "dtype": dtype, "seed": seed}
         | ({"base_model": "base"} if base is not None else {})
         | ({"out_dtype": out_dtype} if out_dtype else {})
+        | ({"post": post} if post else {})
     )
     found = registry.get("merge", recipe.method)
     sources = {f"models[{k}]": MemorySource(state) for k, state in enumerate(models)}
