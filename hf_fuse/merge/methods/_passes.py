@@ -38,24 +38,6 @@ class Seen:
     base: Tensor | None = None
 
 
-class Counted:
-    """A total of integers to add up and numbers of which the larger is taken. Exact in any order, like integers."""
-
-    def __init__(self, counts: Tensor, largest: Tensor):
-        self.counts, self.largest = counts, largest
-
-    def clone(self) -> Counted:
-        return Counted(self.counts.clone(), self.largest.clone())
-
-    def is_floating_point(self) -> bool:
-        return False
-
-    def __iadd__(self, other: Counted) -> Counted:
-        self.counts += other.counts
-        self.largest = self.largest.maximum(other.largest)
-        return self
-
-
 @dataclass
 class Pass:
     """``add(block_KN, total, seen)`` adds what it sees to ``total`` in place; ``total`` starts as given, at zero.
@@ -63,6 +45,6 @@ class Pass:
     With ``share > 1``, a power of two, about 1/share of the elements is read: the first part of every few blocks.
     """
 
-    total: Tensor | Counted
+    total: Any
     add: Callable[[Tensor, Any, Seen], None]
     share: int = 1

@@ -1,29 +1,119 @@
 """Exact order statistics of |delta| over a whole tensor or model, without holding or sorting it.
 
-Magnitudes are compared as the integers that their bits are (for non-negative floats the order is the same). Each pass
-counts them in a window that the pass before has narrowed, until a bin is a single number. On large models the first
-passes look at a sample and the full pass only checks their guess; a wrong guess costs time, never exactness.
+Magnitudes are compared as the integers that their bits are (for non-negative floats the order is the same). On large
+models a sample says first between which two numbers the wanted one lies, almost surely. One full pass then counts what
+is larger and looks closer only at what is between: it keeps those few, or counts them in bins if they are many. A wrong
+guess costs another pass, never exactness.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from hf_fuse.merge.methods._passes import Counted, Measurement, Pass, Seen
+from hf_fuse.merge.methods._passes import Measurement, Pass, Seen
 
 # (block_KN, seen, least) -> M rows to rank, made elementwise. Numbers below ``least[m]`` may be left out of row m
 # (but not if what is not zero is to be counted).
 Values = Callable[[Tensor, Seen, Sequence[float]], Sequence[Tensor]]
 
-SAMPLED_BINS = 1 << 12
-LEAST_BINS, MOST_BINS = 1 << 10, 1 << 17  # of a full pass
-SAMPLE_ABOVE = 1 << 19  # elements; below, full passes are cheaper than being clever
-SHARES = (64, 64)  # first for the magnitude's order, then for the place within it
+SAMPLE_ABOVE = 1 << 19  # elements; below, a full pass is cheaper than being clever
+SHARE, MOST_SAMPLED = 64, 1 << 24  # one element of 64, or of more if that would be more than this many
+COARSE_BINS = 1 << 12  # of the first look at a sample
+BINS = 1 << 17  # of a full pass
+HELD = 1 << 20  # numbers that a pass is to keep for a rank; it stops at eight times as many
 _SIGMAS = 5.0
+
+
+@dataclass(frozen=True)
+class Window:
+    """Bits ``[low, high)`` that hold the wanted magnitude, and how many elements are expected in them."""
+
+    low: int
+    high: int
+    inside: int
+    certain: bool = False  # a full pass has found it there
+
+    @property
+    def known(self) -> bool:
+        return self.certain and self.high - self.low == 1
+
+    def bins(self, most: int) -> int:
+        """1 to count those equal to the only number, 0 to keep those inside, else how many bins to sort them into."""
+        if self.high - self.low == 1:
+            return 1
+        return 0 if self.inside <= HELD else min(most, 1 << (self.high - self.low - 1).bit_length())
+
+
+class Census:
+    """Of each rank's window: how many magnitudes lie above it, how many were seen in all, and those inside, in bins or
+    kept. Of each row: the largest magnitude. Adds up exactly in any order."""
+
+    def __init__(self, windows: Sequence[Window], most_bins: int, rows: int):
+        self.windows, self.most_bins = windows, most_bins
+        self.above, self.seen, self.within = np.zeros((3, len(windows)), np.int64)
+        self.binned = [np.zeros(window.bins(most_bins), np.int64) for window in windows]
+        self.kept: list[list[np.ndarray]] = [[] for _ in windows]
+        self.largest = np.zeros(rows)
+
+    def clone(self) -> Census:
+        """Another one to count in, at zero as this one is when it is asked for."""
+        return Census(self.windows, self.most_bins, len(self.largest))
+
+    def is_floating_point(self) -> bool:
+        return False
+
+    def __iadd__(self, other: Census) -> Census:
+        self.above += other.above
+        self.seen += other.seen
+        self.within += other.within
+        for mine, theirs in zip(self.binned, other.binned):
+            mine += theirs
+        for mine, theirs in zip(self.kept, other.kept):
+            mine += theirs
+        self.largest = np.maximum(self.largest, other.largest)
+        return self
+
+    def add(self, i: int, bits: Tensor) -> None:
+        window, bins = self.windows[i], self.binned[i]
+        if not bits.is_cpu:
+            self.above[i] += int((bits >= window.high).sum())
+            bits = bits[(bits >= window.low) & (bits < window.high)].cpu()
+        numbers = bits.numpy()
+        if len(bins) == 1:
+            larger = np.count_nonzero(numbers > window.low)
+            self.above[i] += larger
+            bins[0] += np.count_nonzero(numbers >= window.low) - larger
+            return
+        larger_N = numbers >= window.high
+        self.above[i] += np.count_nonzero(larger_N)
+        inside = np.compress((numbers >= window.low) ^ larger_N, numbers)
+        if not len(bins):
+            self.within[i] += len(inside)
+            if self.within[i] <= 8 * HELD:  # else the sample was no picture of the whole
+                self.kept[i].append(inside)
+            return
+        inside -= inside.dtype.type(window.low)
+        inside >>= _shift(window, len(bins))
+        bins += torch.bincount(torch.from_numpy(inside), minlength=len(bins)).numpy()
+
+    def inside(self, i: int) -> np.ndarray:
+        """Ends of the intervals of bits inside the window that hold anything, and how many, from the top: ``[3, n]``.
+        Empty if there were more numbers than could be kept."""
+        window = self.windows[i]
+        if len(self.binned[i]):
+            slots = np.flatnonzero(self.binned[i])[::-1]
+            shift = _shift(window, len(self.binned[i]))
+            low = window.low + (slots.astype(np.int64) << shift)
+            return np.stack([low, np.minimum(low + (1 << shift), window.high), self.binned[i][slots]])
+        kept = np.concatenate(self.kept[i] or [np.empty(0, np.int64)])
+        numbers, counts = np.unique(kept if len(kept) == self.within[i] else kept[:0], return_counts=True)
+        low = numbers[::-1].astype(np.int64)
+        return np.stack([low, low + 1, counts[::-1]])
 
 
 def kth_largest_magnitude(
@@ -34,7 +124,6 @@ def kth_largest_magnitude(
     of_nonzero: bool = False,
     rows: Sequence[int] | None = None,
     values: Values | None = None,
-    ulps: int = 1,
     largest: list[float] | None = None,
 ) -> Measurement:
     """The ``ranks[i]``-th largest |delta| (1 = largest) of model ``rows[i]`` among ``numel`` elements, as floats.
@@ -46,36 +135,31 @@ def kth_largest_magnitude(
             all are zero.
         rows: which row of a block each rank is asked of; by default one rank per model.
         values: what to rank instead of the block itself, see :data:`Values`.
-        ulps: how many neighbouring floats may be taken for one; the lowest of them is returned.
         largest: a list to be filled with the largest magnitude of each row.
     """
     rows = range(len(ranks)) if rows is None else rows
-    integer = torch.int64 if dtype == torch.float64 else torch.int32
-    top = int(torch.tensor(float("inf"), dtype=dtype).view(integer)) + 1
-    shares = SHARES if numel > SAMPLE_ABOVE else ()
-    windows = [(0, top)] * len(ranks)
-    bins = min(max(1 << max(numel.bit_length() - 3, 0), LEAST_BINS), MOST_BINS)
-    expected = [float(r) if of_nonzero else r / max(numel, 1) for r in ranks]
-    for share in shares:
-        counts = yield _count(windows, share, SAMPLED_BINS, dtype, rows, values, of_nonzero, ulps, largest is not None)
-        windows = [_guess(c, w, e) for c, w, e in zip(counts.counts, windows, expected)]
-    ranks = list(ranks)
-    while any(high - low > ulps for low, high in windows):
-        # No more bins than numbers: bf16 models differ by few distinct ones, and every bin is written for every block.
-        fitting = min(bins, 1 << max(1, *((high - low - 1).bit_length() for low, high in windows)))
-        counts = yield _count(windows, 1, fitting, dtype, rows, values, of_nonzero, ulps, largest is not None)
-        counts, most = counts.counts, counts.largest
+    windows = yield from _sampled_windows(ranks, numel, dtype, rows, of_nonzero, values)
+    windows = [Window(0, 1, 0, certain=True) if rank > numel else window for rank, window in zip(ranks, windows)]
+    anywhere = Window(0, _top(dtype), numel)
+    ranks, asked = list(ranks), list(ranks)
+    while not all(window.known for window in windows):
+        census = yield _census(windows, 1, BINS, dtype, rows, of_nonzero, values, largest is not None)
+        for i, window in enumerate(windows):
+            if window.known:
+                continue
+            if of_nonzero:
+                ranks[i] = max(1, int(asked[i] * census.seen[i])) if census.seen[i] else 0
+            rank = min(ranks[i], int(census.seen[i]))
+            found = _find(census, i, rank)
+            # A sample may have pointed beside the mark; then that rank starts again without one. What is larger than
+            # everything is NaN (let in by the user) and counts as infinite.
+            if found is None and rank and (window.low, window.high) != (0, anywhere.high):
+                windows[i] = anywhere
+            else:
+                windows[i] = replace(found or Window(anywhere.high - 1, anywhere.high, 0), certain=True)
         if largest is not None:
-            largest[:] = most.tolist()
-        if of_nonzero:
-            ranks = [max(1, int(e * int(c[-1]))) if c[-1] else 0 for c, e in zip(counts, expected)]
-        # A sample may have pointed beside the mark; then that rank starts again without one. What is larger than
-        # everything is NaN (let in by the user) and counts as infinite.
-        found = [_find(c, w, r) for c, w, r in zip(counts, windows, ranks)]
-        beyond = [(top - 1, top) if r == 0 or w == (0, top) else (0, top) for w, r in zip(windows, ranks)]
-        windows = [f or b for f, b in zip(found, beyond)]
-    bits = torch.tensor([low for low, _ in windows], dtype=integer)
-    return [float(value) if rank <= numel else 0.0 for value, rank in zip(bits.view(dtype), ranks)]
+            largest[:] = census.largest.tolist()
+    return [value if rank <= numel else 0.0 for value, rank in zip(_floats(windows, dtype), ranks)]
 
 
 def guess_kth_largest_magnitude(ranks: Sequence[int], numel: int, dtype: torch.dtype) -> Measurement:
@@ -84,17 +168,10 @@ def guess_kth_largest_magnitude(ranks: Sequence[int], numel: int, dtype: torch.d
     Differences of bf16 models take few distinct values, so the one at a rank shows already in a sample. Whether a guess
     is right, :func:`count_from` tells within any pass over the whole model.
     """
-    if numel <= SAMPLE_ABOVE:
+    windows = yield from _sampled_windows(ranks, numel, dtype, range(len(ranks)), False, None)
+    if any(window.high - window.low > 1 and rank <= numel for window, rank in zip(windows, ranks)):
         return None
-    integer = torch.int64 if dtype == torch.float64 else torch.int32
-    top = int(torch.tensor(float("inf"), dtype=dtype).view(integer)) + 1
-    windows = [(0, 1) if rank > numel else (0, top) for rank in ranks]
-    for share in (*SHARES, SHARES[-1]):
-        counts = (yield _count(windows, share, SAMPLED_BINS, dtype, range(len(ranks)), None, False, 1, False)).counts
-        windows = [_guess(c, w, rank / numel) for c, w, rank in zip(counts, windows, ranks)]
-    if any(high - low > 1 for low, high in windows):
-        return None
-    return torch.tensor([low for low, _ in windows], dtype=integer).view(dtype).tolist()
+    return [value if rank <= numel else 0.0 for value, rank in zip(_floats(windows, dtype), ranks)]
 
 
 def count_from(magnitude_N: Tensor, value: float) -> tuple[int, int]:
@@ -106,92 +183,90 @@ def count_from(magnitude_N: Tensor, value: float) -> tuple[int, int]:
     return int(np.count_nonzero(numbers > exact)), int(np.count_nonzero(numbers == exact))
 
 
-def _shift(window: tuple[int, int], bins: int) -> int:
-    return max(0, (window[1] - window[0] - 1).bit_length() - (bins.bit_length() - 1))
-
-
-def _count(
-    windows: list[tuple[int, int]],
-    share: int,
-    bins: int,
+def _sampled_windows(
+    ranks: Sequence[float],
+    numel: int,
     dtype: torch.dtype,
     rows: Sequence[int],
-    values: Values | None,
     of_nonzero: bool,
-    ulps: int,
+    values: Values | None,
+) -> Measurement:
+    """One window for each rank, by two looks at a sample: bins for the magnitude's order, then the numbers there."""
+    windows = [Window(0, _top(dtype), numel)] * len(ranks)
+    if numel <= SAMPLE_ABOVE:
+        return windows
+    share = max(SHARE, 1 << (numel // MOST_SAMPLED).bit_length())
+    for bins in (COARSE_BINS, BINS):
+        sampled = [replace(window, inside=-(-window.inside // share)) for window in windows]
+        census = yield _census(sampled, share, bins, dtype, rows, of_nonzero, values, False)
+        for i, rank in enumerate(ranks):
+            expected = rank if of_nonzero else rank / numel
+            windows[i] = _guess(census, i, min(expected, 1.0), share) or windows[i]
+    return windows
+
+
+def _top(dtype: torch.dtype) -> int:
+    return int(torch.tensor(float("inf"), dtype=dtype).view(_integer(dtype))) + 1
+
+
+def _integer(dtype: torch.dtype) -> torch.dtype:
+    return torch.int64 if dtype == torch.float64 else torch.int32
+
+
+def _floats(windows: Sequence[Window], dtype: torch.dtype) -> list[float]:
+    return torch.tensor([window.low for window in windows], dtype=_integer(dtype)).view(dtype).tolist()
+
+
+def _shift(window: Window, bins: int) -> int:
+    return max(0, (window.high - window.low - 1).bit_length() - (bins.bit_length() - 1))
+
+
+def _census(
+    windows: Sequence[Window],
+    share: int,
+    most_bins: int,
+    dtype: torch.dtype,
+    rows: Sequence[int],
+    of_nonzero: bool,
+    values: Values | None,
     wants_largest: bool,
 ) -> Pass:
-    """Counts per rank: bins of its window, then how many lie above it, then how many were seen (and not zero)."""
-    integer = torch.int64 if dtype == torch.float64 else torch.int32
-    floor = torch.tensor([low for low, _ in windows], dtype=integer).view(dtype).tolist()
+    integer, floor = _integer(dtype), _floats(windows, dtype)
     least = [min(f for f, row in zip(floor, rows) if row == k) for k in range(max(rows, default=-1) + 1)]
 
-    def add(block_KN: Tensor, total: Counted, seen: Seen) -> None:
+    def add(block_KN: Tensor, total: Census, seen: Seen) -> None:
         rows_here = block_KN if values is None else values(block_KN, seen, least)
-        counts = total.counts
-        bits_of: dict[int, Tensor] = {}
-        for i, (low, high) in enumerate(windows):
-            if high - low <= ulps:
-                continue  # this number is already known
-            k = rows[i]
-            if k not in bits_of:
-                magnitude_N = rows_here[k].abs()
-                bits_of[k] = magnitude_N.view(integer)
-                if wants_largest and magnitude_N.numel():
-                    total.largest[k] = max(float(total.largest[k]), float(magnitude_N.max()))
-            shift = _shift((low, high), bins)
-            if bits_of[k].is_cpu:
-                bits, row = bits_of[k].numpy(), counts[i].numpy()
-                # numpy compares and compresses fast, torch counts fast.
-                beyond = bits >= high
-                inside = torch.from_numpy(np.compress((bits >= low) ^ beyond, bits))
-                row[bins] += np.count_nonzero(beyond)
-            else:
-                bits = bits_of[k]
-                inside = bits[(bits >= low) & (bits < high)]
-                counts[i, bins] += int((bits >= high).sum())
-            slots = inside.sub_(low).bitwise_right_shift_(shift)
-            if slots.numel() * 8 > bins or not slots.is_cpu:
-                counts[i, :bins] += torch.bincount(slots, minlength=bins).cpu()
-            else:
-                counts[i].index_add_(0, slots, torch.ones_like(slots, dtype=torch.int64))
-            counts[i, bins + 1] += _nonzero(bits_of[k]) if of_nonzero else block_KN[0].numel()
+        for k in {row for window, row in zip(windows, rows) if not window.known}:
+            magnitude_N = rows_here[k].abs()
+            if wants_largest and magnitude_N.numel():
+                total.largest[k] = max(total.largest[k], float(magnitude_N.max()))
+            bits = magnitude_N.view(integer)
+            count = int(bits.count_nonzero()) if of_nonzero else block_KN[0].numel()
+            for i, window in enumerate(windows):
+                if rows[i] == k and not window.known:
+                    total.add(i, bits)
+                    total.seen[i] += count
 
-    empty = torch.zeros(len(windows), bins + 2, dtype=torch.int64)
-    return Pass(Counted(empty, torch.zeros(len(least), dtype=torch.float64)), add, share)
+    return Pass(Census(windows, most_bins, len(least)), add, share)
 
 
-def _nonzero(bits: Tensor) -> int:
-    return int(np.count_nonzero(bits.numpy()) if bits.is_cpu else bits.count_nonzero())
-
-
-def _find(counts: Tensor, window: tuple[int, int], rank: int) -> tuple[int, int] | None:
-    """The bin that holds the rank-th largest, or None if it lies outside the window."""
-    low, high = window
-    if high - low <= 1:
-        return window
-    bins = counts.numel() - 2
-    above, seen = int(counts[bins]), int(counts[bins + 1])
-    rank = min(rank, seen)
-    if rank <= above:
+def _find(census: Census, i: int, rank: int) -> Window | None:
+    """The interval that holds the rank-th largest, or None if it lies outside the window."""
+    if rank <= census.above[i]:
         return None
-    from_top = above + counts[:bins].flip(0).cumsum(0)
-    if int(from_top[-1]) < rank:
-        return None
-    slot = bins - 1 - int(torch.searchsorted(from_top, rank))
-    shift = _shift(window, bins)
-    return low + (slot << shift), min(high, low + ((slot + 1) << shift))
+    low, high, counts = census.inside(i)
+    slot = int(np.searchsorted(counts.cumsum(), rank - census.above[i]))
+    return None if slot == len(counts) else Window(int(low[slot]), int(high[slot]), int(counts[slot]))
 
 
-def _guess(counts: Tensor, window: tuple[int, int], share: float) -> tuple[int, int]:
-    """A window that holds the element with this share of all above it, judging by a sample's counts, almost surely."""
-    seen = int(counts[-1])
-    if not seen or window[1] - window[0] <= 1:
-        return window
-    share = min(share, 1.0)
+def _guess(census: Census, i: int, share: float, every: int) -> Window | None:
+    """A window that holds the element with this share of all above it, judging by a sample, almost surely."""
+    seen = int(census.seen[i])
     margin = _SIGMAS * (seen * share * (1 - share)) ** 0.5 + 3
-    upper = _find(counts, window, max(1, int(seen * share - margin)))
-    lower = _find(counts, window, min(seen, int(seen * share + margin) + 1))
+    upper = _find(census, i, max(1, int(seen * share - margin)))
+    lower = _find(census, i, min(seen, int(seen * share + margin) + 1))
     if upper is None or lower is None:
-        return window
-    return lower[0], upper[1]
+        return None
+    low, _, counts = census.inside(i)
+    inside = int(counts[(low >= lower.low) & (low < upper.high)].sum())
+    return Window(lower.low, upper.high, inside * every)

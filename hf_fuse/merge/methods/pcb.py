@@ -21,10 +21,6 @@ PAPER = "https://arxiv.org/abs/2410.02396"
 SCALARS = "mean"
 PASSES = 6
 
-# The result is continuous in the bounds of |tau|, so they need not be known to the last bit. In the least importance it
-# is not: where one task alone scores, its score cancels.
-_BOUND_ULPS = 4
-
 
 @dataclass(frozen=True)
 class Balance:
@@ -38,9 +34,7 @@ class Balance:
 
 def measure(count: int, numel: int, dtype: torch.dtype, *, density: Sequence[float], clip: float) -> Measurement:
     rank = [numel - int(numel * clip), numel - max(int(numel * (1 - clip) - 1), 0)]
-    bounds = yield from kth_largest_magnitude(
-        rank * count, numel, dtype, rows=[k for k in range(count) for _ in rank], ulps=_BOUND_ULPS
-    )
+    bounds = yield from kth_largest_magnitude(rank * count, numel, dtype, rows=[k for k in range(count) for _ in rank])
     low, high = bounds[::2], bounds[1::2]
 
     def important(sign: float) -> Callable[[Tensor, Seen, Sequence[float]], list[Tensor]]:
