@@ -62,7 +62,7 @@ print(tokenizer.decode(output[0], skip_special_tokens=True))""",
 
 
 def merge_card(info: dict) -> str:
-    """Builds the README.md of a merged model.
+    """Builds the README.md of a merged or trained model.
 
     Args:
         info: ``title``, ``method``, ``summary``, ``recipe_yaml`` (strings); ``paper`` (address or arXiv id) and
@@ -71,7 +71,8 @@ def merge_card(info: dict) -> str:
             ``figures``: ``{caption: image file in the folder, or number}``. Optional: ``repo_id`` (where it will be
             pushed) and ``has_tokenizer`` (default True), both for the usage snippet. Of a LoRA adapter also
             ``adapter``: ``{"base": id of its base or None, "task_type": PEFT's name or None}``, and ``made``: how, in
-            a sentence, where that was no merge (then ``recipe_yaml`` may be None).
+            a sentence, where that was no merge (then ``recipe_yaml`` may be None). Of something trained ``command``:
+            ``"train"``, ``datasets`` (Hub ids), and ``adapter["ours"]``: whether PEFT knows it through hf_fuse only.
 
     Returns:
         The whole text. Parents that are local folders are shown by their name only.
@@ -95,11 +96,15 @@ def merge_card(info: dict) -> str:
             raise FuseError(f"model card: {repo_id!r} given as repo_id of a parent is not a Hub id (org/name).")
     if hub_parents:
         metadata["base_model"] = hub_parents
-    metadata["base_model_relation"] = "adapter" if adapter else "merge"
+    trained = info.get("command") == "train"
+    metadata["base_model_relation"] = "adapter" if adapter else "finetune" if trained else "merge"
     metadata["library_name"] = "peft" if adapter else "transformers"
     if pipeline_tag:
         metadata["pipeline_tag"] = pipeline_tag
-    metadata["tags"] = list(dict.fromkeys(["lora" if adapter else "merge", "hf_fuse", info["method"]]))
+    kind = [] if trained else ["lora" if adapter else "merge"]
+    metadata["tags"] = list(dict.fromkeys([*kind, "hf_fuse", info["method"]]))
+    if info.get("datasets"):
+        metadata["datasets"] = info["datasets"]
     metadata |= _license_fields(license_id)
 
     count = sum(p.get("role") != "base" for p in parents)
@@ -122,7 +127,8 @@ def merge_card(info: dict) -> str:
     if figures := info.get("figures"):
         blocks += ["## Figures", _figures(figures)]
     if info.get("recipe_yaml"):
-        repeats = "`hf-fuse merge fuse_recipe.yaml --output merged` repeats this merge."
+        command, done, this = ("train", "trained", "training") if trained else ("merge", "merged", "merge")
+        repeats = f"`hf-fuse {command} fuse_recipe.yaml --output {done}` repeats this {this}."
         blocks += ["## Recipe", f"{repeats}\n\n{_fenced(info['recipe_yaml'])}"]
     if versions := info.get("versions"):
         blocks += ["## Versions", "\n".join(f"- {name} {version}" for name, version in versions.items())]
@@ -304,11 +310,12 @@ def _snippet(info: dict, auto_class: str | None, pipeline_tag: str | None) -> st
 
 
 def _adapter_snippet(info: dict, auto_class: str | None) -> str:
+    lines = [f"import hf_fuse  # so that PEFT knows {info['method']}"] if info["adapter"].get("ours") else []
     if auto_class:
-        lines = [f"from peft import AutoPeftModel{auto_class}", "", LOCAL_ID]
+        lines += [f"from peft import AutoPeftModel{auto_class}", "", LOCAL_ID]
         lines.append(f"model = AutoPeftModel{auto_class}.from_pretrained(model_id)  # loads the base, too")
     else:
-        lines = ["from peft import PeftModel", "", LOCAL_ID]
+        lines += ["from peft import PeftModel", "", LOCAL_ID]
         lines.append("model = PeftModel.from_pretrained(model, model_id)  # on the base model, loaded before")
     text = "```python\n" + "\n".join(lines) + "\n```"
     return card_for_repo(text, info["repo_id"]) if info.get("repo_id") else text

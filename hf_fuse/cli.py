@@ -97,19 +97,23 @@ def _terminate(*_: object) -> None:
     raise KeyboardInterrupt
 
 
-def _overrides(arguments: list[str]) -> dict[str, Any]:
-    """``--parameters.density 0.3 --seed=1`` -> ``{"parameters.density": 0.3, "seed": 1}``."""
+def _overrides(arguments: list[str], known: Any = None) -> dict[str, Any]:
+    """``--parameters.density 0.3 --seed=1`` -> ``{"parameters.density": 0.3, "seed": 1}``.
+
+    ``known``: the recipe's keys, by default those of one for merging.
+    """
     from hf_fuse.recipe import Recipe, read_yaml
     from hf_fuse.registry import nearest
 
+    known = known or {*Recipe.model_fields, "merge_method"}
     found, rest = {}, list(arguments)
     while rest:
         flag = rest.pop(0)
         if not flag.startswith("--"):
             raise RecipeError(f"{flag!r} is one argument too many. Expected a recipe and --options.")
         key, given, value = flag[2:].partition("=")
-        if key.split(".")[0] not in Recipe.model_fields and key.split(".")[0] != "merge_method":
-            raise RecipeError(f"--{key}: no such option or recipe key. {nearest(key, Recipe.model_fields)}")
+        if key.split(".")[0] not in known:
+            raise RecipeError(f"--{key}: no such option or recipe key. {nearest(key, known)}")
         if not given:
             if not rest:
                 raise RecipeError(f"--{key} needs a value.")
@@ -221,6 +225,36 @@ def sweep(
         allow_pickle=allow_pickle, workers=workers, plot=plot,
     )  # fmt: skip
     print(json.dumps(found.to_dict(), indent=2, default=str)) if as_json else found.print(_console())
+
+
+@app.command(context_settings=EXTRA)
+def train(
+    context: typer.Context,
+    recipe: Annotated[Path, typer.Argument(help="A training recipe in YAML.", show_default=False)],
+    output: Output = None,
+    overwrite: Overwrite = False,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on from the newest checkpoint.")] = False,
+    push: Annotated[str | None, typer.Option(help="Push the result to this Hub id.", show_default=False)] = None,
+    private: Annotated[bool | None, typer.Option("--private/--public", help="Of a new repository.")] = None,
+) -> None:
+    """Train an adapter or a model as a recipe says. Any recipe key can be set: --train.learning_rate 1e-4
+
+    Several processes: --num_processes 2, or accelerate launch -m hf_fuse train recipe.yaml
+    """
+    from hf_fuse.train import train as run
+    from hf_fuse.training_launch import speaks
+    from hf_fuse.training_recipe import TrainingRecipe
+
+    overrides = _overrides(context.args, TrainingRecipe.model_fields)
+    made = run(recipe, overrides, output=output, overwrite=overwrite, resume=resume, push=push, private=private)
+    if speaks():
+        for note in made.notes:
+            print(f"note: {note}", file=sys.stderr)
+        print(f"trained: {made.output}")
+        for name, value in made.to_dict().items():
+            print(f"{name.replace('_', ' ')}: {value:{'.4g' if isinstance(value, float) else ','}}")
+        if made.address:
+            print(f"pushed: {made.address}")
 
 
 @app.command("list")
