@@ -30,6 +30,9 @@ _PUBLIC = {
     "LoraMoeConfig": "hf_fuse.adapters.loramoe",
     "HydraLoraConfig": "hf_fuse.adapters.hydralora",
     "router_statistics": "hf_fuse.adapters.router_collector",
+    "NolaConfig": "hf_fuse.adapters.nola",
+    "AtlasConfig": "hf_fuse.adapters.atlas",
+    "MixDaConfig": "hf_fuse.adapters.mixda",
     "FuseError": "hf_fuse.errors",
 }
 __all__ = [*_PUBLIC, "__version__"]

@@ -5,10 +5,14 @@ A new adapter is one line in ``ADAPTERS``.
 
 from __future__ import annotations
 
+import atexit
 import copy
 import io
+import shutil
+import tempfile
 import warnings
 from collections.abc import Callable
+from functools import cache, partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -25,7 +29,7 @@ from peft import (
 )
 from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors.torch import load_file
-from tiny_adapters import llama
+from tiny_adapters import llama, train
 
 import hf_fuse
 from hf_fuse.errors import FuseError
@@ -49,6 +53,29 @@ def _routed(name: str, starts_as_base: bool = True, **settings) -> Adapter:
     return Adapter(config, starts_as_base=starts_as_base)
 
 
+def _atlas(**settings) -> PeftConfig:
+    return hf_fuse.AtlasConfig(**{"task_vectors": _task_vectors()} | settings)
+
+
+@cache
+def _task_vectors() -> list[str]:
+    """Folders of two LoRAs, trained as it were. They stay until the tests end."""
+    folder = Path(tempfile.mkdtemp(prefix="hf_fuse_task_vectors_"))
+    atexit.register(shutil.rmtree, folder)
+    for seed in (1, 2):
+        train(llama(), seed, r=seed + 1, target_modules=EVERYWHERE).save_pretrained(folder / str(seed))
+    return [str(folder / "1"), str(folder / "2")]
+
+
+def _nola(**settings) -> PeftConfig:
+    return hf_fuse.NolaConfig(**{"num_basis": 6, "r": 2, "target_modules": EVERYWHERE} | settings)
+
+
+def _mixda(**settings) -> PeftConfig:
+    usual = {"num_domains": 2, "gate": "token", "gate_layers": 1, "gate_dropout": 0.0, "target_modules": EVERYWHERE}
+    return hf_fuse.MixDaConfig(**usual | settings)
+
+
 ADAPTERS = {
     "mixlora": _routed("MixLoraConfig", router_aux_loss_coef=0.1),
     "mixlora_dora": _routed("MixLoraConfig", use_dora=True, router_aux_loss_coef=0.1),
@@ -58,6 +85,10 @@ ADAPTERS = {
     "mola": _routed("MolaConfig", num_experts=[2, 4], router_aux_loss_coef=0.1),
     "loramoe": _routed("LoraMoeConfig", blc_weight=0.1),
     "hydralora": _routed("HydraLoraConfig"),
+    "nola": Adapter(_nola, mergeable=True),
+    "atlas": Adapter(_atlas, mergeable=True),
+    "mixda": Adapter(_mixda, starts_as_base=False),
+    "mixda_ungated": Adapter(partial(_mixda, gate="none")),
 }
 
 
