@@ -181,6 +181,8 @@ def merge_state_dicts(
 ) -> dict[str, Tensor]:
     """Merges state dicts in memory, by the same code and to the same bits as :func:`merge` on files.
 
+    Tensors that are one piece of memory under several names in all of them (tied weights) are merged once.
+
     Args:
         models: K state dicts with equal names and shapes; not modified.
         base: the common base, for methods on task vectors.
@@ -206,9 +208,12 @@ def merge_state_dicts(
         | ({"post": post} if post else {})
     )
     found = registry.get("merge", recipe.method)
-    sources = {f"models[{k}]": MemorySource(state) for k, state in enumerate(models)}
-    if base is not None:
-        sources["base"] = MemorySource(base)
+    states = {f"models[{k}]": state for k, state in enumerate(models)} | ({} if base is None else {"base": base})
+    tied = _tied(list(states.values()))
+    sources = {
+        key: MemorySource({name: tensor for name, tensor in state.items() if name not in tied})
+        for key, state in states.items()
+    }
     units = build_units(recipe, found, {key: source.tensors for key, source in sources.items()}, Tying())
     result = {unit.name: torch.empty(unit.shape, dtype=getattr(torch, TORCH_NAMES[unit.dtype])) for unit in units}
 
@@ -222,4 +227,23 @@ def merge_state_dicts(
         merger.run(keep, World(size=1, rank=0), pool)
     finally:
         pool.close()
-    return result
+    return result | {name: result[first] for name, first in tied.items() if first in result}
+
+
+def _tied(states: Sequence[Mapping[str, Tensor]]) -> dict[str, str]:
+    """Names that are the same memory as an earlier name in every state dict -> the earlier name."""
+
+    def first_names(state: Mapping[str, Tensor]) -> dict[str, str]:
+        seen: dict[Any, str] = {}
+        return {
+            name: seen.setdefault((tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype), name)
+            for name, tensor in state.items()
+            if tensor.numel()
+        }
+
+    found = [first_names(state) for state in states]
+    return {
+        name: first
+        for name, first in found[0].items()
+        if first != name and all(other.get(name) == first for other in found)
+    }
