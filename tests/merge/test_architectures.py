@@ -115,8 +115,8 @@ def stacks() -> list[Tensor]:
     ("method", "parameters", "post"),
     [
         ("tsv_m", {}, None), ("iso_c", {}, None), ("iso_cts", {}, None), ("opcm", {}, None),
-        ("model_stock", {"rows": True}, None), ("nuslerp", {"axis": "rows"}, None), ("nuslerp", {"axis": "columns"}, None),
-        ("task_arithmetic", {}, "subspace_boosting"),
+        ("model_stock", {"rows": True}, None), ("nuslerp", {"axis": "rows"}, None),
+        ("nuslerp", {"axis": "columns"}, None), ("task_arithmetic", {}, "subspace_boosting"),
     ],
 )  # fmt: skip
 def test_a_stack_of_experts_is_merged_matrix_by_matrix(stacks, method, parameters, post):
