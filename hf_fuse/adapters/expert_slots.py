@@ -73,14 +73,14 @@ def expert_output(
 
 
 def _raised(projection: Projection, chosen: int | Tensor) -> Tensor:
-    base_Tf, ranks_TEr, B_Erf = projection
+    base_Tf, ranks_TEr, B_Efr = projection
     if ranks_TEr is None:
         return base_Tf
     if isinstance(chosen, int):
-        change_Tf = ranks_TEr[:, chosen] @ B_Erf[chosen]
+        change_Tf = F.linear(ranks_TEr[:, chosen], B_Efr[chosen])
     else:
-        is_chosen_TE = torch.arange(B_Erf.shape[0], device=B_Erf.device) == _column(chosen)
-        change_Tf = (ranks_TEr * is_chosen_TE.unsqueeze(-1)).flatten(1) @ B_Erf.flatten(0, 1)
+        is_chosen_TE = torch.arange(B_Efr.shape[0], device=B_Efr.device) == _column(chosen)
+        change_Tf = F.linear((ranks_TEr * is_chosen_TE.unsqueeze(-1)).flatten(1), B_Efr.transpose(0, 1).flatten(1))
     return (base_Tf + change_Tf).to(base_Tf.dtype)
 
 
@@ -94,9 +94,9 @@ def _recomputed(function: Callable, *arguments):
     return checkpoint(function, *arguments, use_reentrant=False, preserve_rng_state=False)
 
 
-def can_group(*factors: Tensor) -> bool:
+def can_group(dtype: torch.dtype, ranks: set[int]) -> bool:
     """Only in bf16 do grouped products exist everywhere and under torch.compile, with rows of whole 16 bytes."""
-    return hasattr(F, "grouped_mm") and all(f.dtype == torch.bfloat16 and f.shape[1] % 8 == 0 for f in factors)
+    return hasattr(F, "grouped_mm") and dtype == torch.bfloat16 and all(rank % 8 == 0 for rank in ranks)
 
 
 def expert_groups(
@@ -133,12 +133,12 @@ def _groups(
     place_N = token_N * experts + expert_N  # in (T, E) flattened
 
     def raised(projection: Projection) -> Tensor:
-        base_Tf, ranks_TEr, B_Erf = projection
+        base_Tf, ranks_TEr, B_Efr = projection
         base_Nf = base_Tf.index_select(0, token_N)
         if ranks_TEr is None:
             return base_Nf
         ranks_Nr = ranks_TEr.flatten(0, 1).index_select(0, place_N)
-        return (base_Nf + F.grouped_mm(ranks_Nr, B_Erf, offs=ends_E.int())).to(base_Tf.dtype)
+        return (base_Nf + F.grouped_mm(ranks_Nr, B_Efr.transpose(1, 2), offs=ends_E.int())).to(base_Tf.dtype)
 
     h_Nf = activation(raised(activated))
     if linear is not None:

@@ -67,9 +67,9 @@ def routed_ffn(
     activated, linear, dtype = _projections(x_Td, up, gate, fused_gate_up, factors, scalings, dropout)
     kept_Tf, kept_by_factors_Tf = _kept(activated.base_Tf, hidden_dropout, dropout if "down" in factors else 0.0)
     # The masks are 0 and 1: what they scale by is constant, so the factors and the weights can carry it.
-    A_Erf = factors["down"][0].to(dtype) / (1 - dropout) if "down" in factors else None
-    weights_TE = routes.weights_TE / (1 - hidden_dropout)
-    evaluate = _kernel(kernel, activated, linear, A_Erf, activation, routes.chosen_TK)
+    A_Erf = _over(factors["down"][0].to(dtype), 1 - dropout) if "down" in factors else None
+    weights_TE = _over(routes.weights_TE, 1 - hidden_dropout)
+    evaluate = _kernel(kernel or _best_kernel(x_Td, activation, factors, dtype, routes.chosen_TK), routes.chosen_TK)
     with torch.autocast(x_Td.device.type, enabled=False):
         hidden_Tf, ranks_TEr = evaluate(activated, linear, weights_TE, A_Erf, activation, kept_Tf, kept_by_factors_Tf)
     y_Td = down(hidden_Tf)
@@ -102,19 +102,20 @@ def _projections(
     if raised:
         dropped_Td = F.dropout(x_Td, dropout) if dropout else x_Td
         # One product for both: it reads x once.
-        A_nd = torch.cat([A_Erd.flatten(0, 1) for A_Erd, _ in raised.values()]).to(dtype)
+        A_nd = torch.cat([A_Erd.flatten(0, 1) * scalings[name] for name, (A_Erd, _) in raised.items()]).to(dtype)
         ranks_Tn = F.linear(dropped_Td.to(dtype), A_nd).to(dtype)
         sizes = [A_Erd.shape[:2] for A_Erd, _ in raised.values()]
-        for name, size, part_Tn in zip(raised, sizes, ranks_Tn.split([e * r for e, r in sizes], 1)):
-            B_Erf = (raised[name][1].transpose(1, 2) * scalings[name]).contiguous()
-            parts[name] = part_Tn.unflatten(1, size), B_Erf.to(dtype)
+        for (name, (_, B_Efr)), size, part_Tn in zip(
+            raised.items(), sizes, ranks_Tn.split([experts * rank for experts, rank in sizes], 1)
+        ):
+            parts[name] = part_Tn.unflatten(1, size), B_Efr.to(dtype)
     activated, linear = Projection(up_Tf, *parts.get("up", ())), None
     if gate is not None:
         return Projection(gate(x_Td), *parts.get("gate", ())), activated, dtype
     if fused_gate_up:
-        halves = [None, None] if activated.B_Erf is None else activated.B_Erf.chunk(2, 2)
+        halves = [None, None] if activated.B_Efr is None else activated.B_Efr.chunk(2, 1)
         activated, linear = (
-            Projection(base_Tf, activated.ranks_TEr, B_Erf) for base_Tf, B_Erf in zip(up_Tf.chunk(2, 1), halves)
+            Projection(base_Tf, activated.ranks_TEr, B_Efr) for base_Tf, B_Efr in zip(up_Tf.chunk(2, 1), halves)
         )
     return activated, linear, dtype
 
@@ -137,22 +138,27 @@ def _kept(base_Tf: Tensor, hidden_dropout: float, dropout: float) -> tuple[Tenso
     return kept_Tf, kept_by_factors_Tf if kept_Tf is None else kept_by_factors_Tf & kept_Tf
 
 
-def _kernel(
-    kernel: str | None,
-    activated: Projection,
-    linear: Projection | None,
-    A_Erf: Tensor | None,
+def _over(values: Tensor, divisor: float) -> Tensor:
+    return values if divisor == 1 else values / divisor
+
+
+def _best_kernel(
+    x_Td: Tensor,
     activation: Callable[[Tensor], Tensor],
+    factors: Mapping[str, Factors],
+    dtype: torch.dtype,
     chosen_TK: Tensor | None,
-) -> Callable[..., tuple[Tensor, Tensor | None]]:
-    if kernel is None:
-        learns = isinstance(activation, nn.Module) and any(p.requires_grad for p in activation.parameters())
-        on_host = activated.base_Tf.device.type == "cpu" and not torch.compiler.is_compiling()
-        kernel = "loop" if on_host and not learns else "slots"
-        factors = [f for f in (activated.B_Erf, linear and linear.B_Erf, A_Erf) if f is not None]
-        columns = max((f.shape[0] * f.shape[1] for f in factors), default=0)
-        if not on_host and columns > GROUPED_FROM and chosen_TK is not None and can_group(*factors):
-            kernel = "groups"
-    if kernel == "loop":
+) -> str:
+    trained = isinstance(activation, nn.Module) and any(p.requires_grad for p in activation.parameters())
+    if x_Td.device.type == "cpu" and not torch.compiler.is_compiling() and not trained:
+        return "loop"
+    sizes = [A_Eri.shape[:2] for A_Eri, _ in factors.values()]
+    columns = max((experts * rank for experts, rank in sizes), default=0)
+    groupable = chosen_TK is not None and can_group(dtype, {rank for _, rank in sizes})
+    return "groups" if columns > GROUPED_FROM and groupable else "slots"
+
+
+def _kernel(name: str, chosen_TK: Tensor | None) -> Callable[..., tuple[Tensor, Tensor | None]]:
+    if name == "loop":
         return expert_loop
-    return partial(expert_groups if kernel == "groups" else expert_slots, chosen_TK=chosen_TK)
+    return partial(expert_groups if name == "groups" else expert_slots, chosen_TK=chosen_TK)

@@ -7,6 +7,7 @@ Axes: T tokens, i in, o out, E experts, r rank.
 
 from __future__ import annotations
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -35,6 +36,8 @@ def routed_linear(
     experts, _, rank = B_Eor.shape
     x_Ti = F.dropout(x_Ti, dropout) if dropout else x_Ti
     ranks_TEr = F.linear(x_Ti.to(A_Eri.dtype), A_Eri.reshape(-1, A_Eri.shape[-1])).unflatten(-1, (-1, rank))
-    weighted_Tn = (ranks_TEr * weights_TE.unsqueeze(-1)).flatten(1).to(B_Eor.dtype)
-    B_on = B_Eor.transpose(0, 1).reshape(-1, experts * rank) * scaling
-    return (base_out_To + F.linear(weighted_Tn, B_on)).to(base_out_To.dtype)
+    weighted_Tn = (ranks_TEr * (weights_TE * scaling).unsqueeze(-1)).flatten(1).to(B_Eor.dtype)
+    B_no = B_Eor.transpose(1, 2).reshape(experts * rank, -1)
+    if base_out_To.dtype == B_Eor.dtype:  # adds while it multiplies
+        return torch.addmm(base_out_To, weighted_Tn, B_no)
+    return (base_out_To + weighted_Tn @ B_no).to(base_out_To.dtype)
