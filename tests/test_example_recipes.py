@@ -60,7 +60,8 @@ def test_recipe_runs(recipe: Path, models: Path, tmp_path: Path, monkeypatch: py
 
 
 def test_sweep_runs(models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from hf_fuse.merge.sweep import read_sweep, sweep
+    from hf_fuse.merge.sweep import sweep
+    from hf_fuse.merge.sweep_settings import read_sweep
 
     monkeypatch.chdir(models)
     data, settings = read_sweep(RECIPES / "sweep.yaml")

@@ -18,7 +18,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_valida
 from hf_fuse.errors import FuseError, RecipeError
 
 if TYPE_CHECKING:
-    from hf_fuse.merge.sweep import Trial
+    from hf_fuse.merge.sweep_result import Trial
     from hf_fuse.recipe import Recipe
 
 KINDS = ("command", "perplexity", "dataset", "delta_norm", "key")

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from hf_fuse.merge.sweep import SweepResult, Trial
+    from hf_fuse.merge.sweep_result import SweepResult, Trial
 
 MOST_LINES = 7  # more series than colours can't be told apart
 
@@ -20,7 +20,7 @@ def print_sweep(result: SweepResult, console: Console | None = None) -> None:
     from rich.markup import escape
     from rich.table import Table
 
-    from hf_fuse.merge.sweep import short
+    from hf_fuse.merge.sweep_result import short
 
     console = console or Console()
     settings = result.settings
@@ -57,7 +57,7 @@ def _value(value: Any) -> str:
 
 def plot_sweep(result: SweepResult, path: str | Path) -> Path | None:
     """The trade-off of two metrics, or the score against the parameter that was swept most finely."""
-    from hf_fuse.merge.sweep import short
+    from hf_fuse.merge.sweep_result import short
     from hf_fuse.plot_points import lines, scatter
 
     settings = result.settings

@@ -15,7 +15,7 @@ from hf_fuse.recipe import explain
 from hf_fuse.registry import nearest
 
 if TYPE_CHECKING:
-    from hf_fuse.merge.sweep import SweepSettings
+    from hf_fuse.merge.sweep_settings import SweepSettings
 
 MOST = 10_000  # a larger grid is a slip of the pen
 

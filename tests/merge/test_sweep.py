@@ -17,7 +17,8 @@ from typer.testing import CliRunner
 import hf_fuse
 from hf_fuse.cli import app
 from hf_fuse.errors import FuseError, OutputError, RecipeError
-from hf_fuse.merge.sweep import read_sweep, sweep
+from hf_fuse.merge.sweep import sweep
+from hf_fuse.merge.sweep_settings import read_sweep
 
 # Scores a merge by how far its first tensor is from 0.3 of the way between base and expert: known optimum, real files.
 SCORER = """
