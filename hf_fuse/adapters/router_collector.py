@@ -22,8 +22,7 @@ from __future__ import annotations
 
 import inspect
 import math
-from dataclasses import fields, is_dataclass, make_dataclass
-from functools import cache
+from dataclasses import is_dataclass, make_dataclass
 from typing import Any
 
 import torch
@@ -41,6 +40,8 @@ _FIELDS = [
     ("router_logits", tuple | None, None),
     ("router_weights", tuple | None, None),
 ]
+_SUFFIX = "WithRoutes"
+_EXTENDED: dict[type[ModelOutput], type[ModelOutput]] = {}
 
 
 def collect_routes(model: nn.Module) -> None:
@@ -48,8 +49,7 @@ def collect_routes(model: nn.Module) -> None:
     if _before_forward not in model._forward_pre_hooks.values():
         model.register_forward_pre_hook(_before_forward, with_kwargs=True)
         model.register_forward_hook(_after_forward, with_kwargs=True, always_call=True)
-    for output_class in _subclasses(ModelOutput):
-        with_routes(output_class)
+    _extend_known_outputs()
 
 
 def stop_collecting(model: nn.Module) -> None:
@@ -204,27 +204,28 @@ def _extended(model: nn.Module, inputs: dict, output: Any, aux_loss: Tensor | No
     if isinstance(output, ModelOutput):
         loss = output.get("loss")
         folded = loss is not None and aux_loss is not None
-        values = {field.name: output.get(field.name) for field in fields(output)}
+        values = dict(output.items())
         if folded:
             values["loss"] = loss + label_share(model, inputs) * aux_loss.to(loss.device)
         values |= {"aux_loss": aux_loss, "aux_loss_folded": folded, "router_logits": logits, "router_weights": weights}
-        return with_routes(type(output))(**values)
+        extended = _EXTENDED.get(type(output)) or _extend(type(output))
+        return extended(**values)
     if isinstance(output, tuple) and inputs.get("labels") is not None and aux_loss is not None:  # return_dict=False
         return (output[0] + label_share(model, inputs) * aux_loss.to(output[0].device), *output[1:])
     return output
 
 
-@cache
-def with_routes(output_class: type[ModelOutput]) -> type[ModelOutput]:
-    """The output class with the four fields."""
-    if "aux_loss_folded" in {field.name for field in fields(output_class)}:
-        return output_class
-    name = f"{output_class.__name__}WithRoutes"
+def _extend_known_outputs() -> None:
+    # Beforehand, as torch.compile can use classes that exist, but not make them.
+    known = [ModelOutput]
+    for output_class in known:
+        known += [c for c in output_class.__subclasses__() if not c.__name__.endswith(_SUFFIX)]
+        if is_dataclass(output_class) and output_class not in _EXTENDED:
+            _extend(output_class)
+
+
+def _extend(output_class: type[ModelOutput]) -> type[ModelOutput]:
+    name = f"{output_class.__name__}{_SUFFIX}"
     made = make_dataclass(name, _FIELDS, bases=(output_class,), namespace={"__module__": __name__})
-    globals()[name] = made  # where pickle looks for it
+    globals()[name] = _EXTENDED[output_class] = made  # pickle looks for it among the globals
     return made
-
-
-def _subclasses(output_class: type) -> list[type]:
-    # torch.compile can use classes that exist, but not make them.
-    return [c for child in output_class.__subclasses__() for c in (child, *_subclasses(child)) if is_dataclass(c)]
