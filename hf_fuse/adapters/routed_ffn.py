@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from functools import partial
+from itertools import chain
 from typing import Literal
 
 import torch
@@ -19,6 +20,7 @@ from torch import Tensor, nn
 
 from hf_fuse.adapters.expert_loop import Projection, expert_loop
 from hf_fuse.adapters.expert_slots import can_group, expert_groups, expert_slots
+from hf_fuse.adapters.precise_linear import factor_dtype, precise_linear
 from hf_fuse.adapters.routing import Routes
 
 # Columns of all experts' factors side by side from which on grouped products are expected to be faster on a GPU:
@@ -96,14 +98,14 @@ def _projections(
 ) -> tuple[Projection, Projection | None, torch.dtype]:
     """What goes through the activation, what multiplies it, and the factors' dtype."""
     up_Tf = up(x_Td)
-    dtype = _factor_dtype(up_Tf, factors)
+    dtype = factor_dtype(up_Tf, *chain(*factors.values()))
     raised = {name: factors[name] for name in ("gate", "up") if name in factors}
     parts = {}
     if raised:
         dropped_Td = F.dropout(x_Td, dropout) if dropout else x_Td
         # One product for both: it reads x once.
-        A_nd = torch.cat([A_Erd.flatten(0, 1) * scalings[name] for name, (A_Erd, _) in raised.items()]).to(dtype)
-        ranks_Tn = F.linear(dropped_Td.to(dtype), A_nd).to(dtype)
+        A_nd = torch.cat([A_Erd.flatten(0, 1) * scalings[name] for name, (A_Erd, _) in raised.items()])
+        ranks_Tn = precise_linear(dropped_Td, A_nd, dtype)
         sizes = [A_Erd.shape[:2] for A_Erd, _ in raised.values()]
         for (name, (_, B_Efr)), size, part_Tn in zip(
             raised.items(), sizes, ranks_Tn.split([experts * rank for experts, rank in sizes], 1)
@@ -118,15 +120,6 @@ def _projections(
             Projection(base_Tf, activated.ranks_TEr, B_Efr) for base_Tf, B_Efr in zip(up_Tf.chunk(2, 1), halves)
         )
     return activated, linear, dtype
-
-
-def _factor_dtype(base_Tf: Tensor, factors: Mapping[str, Factors]) -> torch.dtype:
-    dtype, device = base_Tf.dtype, base_Tf.device.type
-    if torch.is_autocast_enabled(device):
-        return torch.promote_types(dtype, torch.get_autocast_dtype(device))
-    for A_Eri, B_Eor in factors.values():
-        dtype = torch.promote_types(dtype, torch.promote_types(A_Eri.dtype, B_Eor.dtype))
-    return dtype
 
 
 def _kept(base_Tf: Tensor, hidden_dropout: float, dropout: float) -> tuple[Tensor | None, Tensor | None]:

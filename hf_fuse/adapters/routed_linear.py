@@ -11,6 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from hf_fuse.adapters.precise_linear import factor_dtype, precise_linear
+
 
 def routed_linear(
     base_out_To: Tensor,
@@ -34,10 +36,12 @@ def routed_linear(
         dropout: probability, 0 outside training; the mask is shared by the experts, so that they stay one product.
     """
     experts, _, rank = B_Eor.shape
+    dtype = factor_dtype(base_out_To, A_Eri, B_Eor)
     x_Ti = F.dropout(x_Ti, dropout) if dropout else x_Ti
-    ranks_TEr = F.linear(x_Ti.to(A_Eri.dtype), A_Eri.reshape(-1, A_Eri.shape[-1])).unflatten(-1, (-1, rank))
-    weighted_Tn = (ranks_TEr * (weights_TE * scaling).unsqueeze(-1)).flatten(1).to(B_Eor.dtype)
-    B_no = B_Eor.transpose(1, 2).reshape(experts * rank, -1)
-    if base_out_To.dtype == B_Eor.dtype:  # adds while it multiplies
-        return torch.addmm(base_out_To, weighted_Tn, B_no)
-    return (base_out_To + weighted_Tn @ B_no).to(base_out_To.dtype)
+    with torch.autocast(x_Ti.device.type, enabled=False):
+        ranks_TEr = precise_linear(x_Ti, A_Eri.reshape(-1, A_Eri.shape[-1]), dtype).unflatten(-1, (-1, rank))
+        weighted_Tn = (ranks_TEr * (weights_TE * scaling).unsqueeze(-1)).flatten(1).to(dtype)
+        B_no = B_Eor.transpose(1, 2).reshape(experts * rank, -1).to(dtype)
+        if base_out_To.dtype == dtype:  # adds while it multiplies
+            return torch.addmm(base_out_To, weighted_Tn, B_no)
+        return (base_out_To + weighted_Tn @ B_no).to(base_out_To.dtype)

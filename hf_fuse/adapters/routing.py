@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from hf_fuse.adapters.precise_linear import precise_linear
 from hf_fuse.errors import RecipeError
 from hf_fuse.losses.router_entropy import normalized_entropy
 from hf_fuse.registry import nearest
@@ -39,8 +40,8 @@ class Routes(NamedTuple):
 def router_logits(x_Td: Tensor, weight_Ed: Tensor, bias_E: Tensor | None = None) -> Tensor:
     """Logits in fp32 (fp64 for fp64), also under autocast, which would round them to half precision."""
     dtype = torch.promote_types(torch.promote_types(x_Td.dtype, weight_Ed.dtype), torch.float32)
-    with torch.autocast(x_Td.device.type, enabled=False):
-        return F.linear(x_Td.to(dtype), weight_Ed.to(dtype), None if bias_E is None else bias_E.to(dtype))
+    logits_TE = precise_linear(x_Td, weight_Ed, dtype)
+    return logits_TE if bias_E is None else logits_TE + bias_E.to(dtype)
 
 
 def jittered(x_Td: Tensor, amount: float) -> Tensor:
