@@ -60,6 +60,7 @@ class Merger:
             raise FuseError(f"chunk_elements: {self.chunk} is not a multiple of 1024 elements.")
         self._arguments = set(inspect.signature(self.method.function).parameters)
         self._linear = registry.get("merge", "linear").function
+        self._finite: set[str] = set()  # names of units that a whole pass has found so
         self.rescaling = Rescaling(self) if hasattr(self.method.module, "rescale") else None
 
     # -- one block ------------------------------------------------------------------------------------------------
@@ -73,7 +74,8 @@ class Merger:
             base = buffers.numbers("base", n)
             base_source = self.sources[unit.base.key]
             base_source.read(unit.base.name, start, base, buffers)
-            self._check(base, unit, unit.base)
+            if unit.name not in self._finite:
+                self._check(base, unit, unit.base)
         for k, part in enumerate(unit.inputs):
             source = self.sources[part.key]
             if base is not None and part.name == unit.base.name and source.delta_from(base_source, part.name):
@@ -85,7 +87,7 @@ class Merger:
         parts = unit.inputs if unit.base is None else [*unit.inputs, unit.base]
         self.progress.add(n * sum(DTYPE_BYTES[self.sources[part.key].tensors[part.name].dtype] for part in parts))
         # A sum is finite only if everything in it is: one cheap look at the block, a closer one only on alarm.
-        if not self.allow_nonfinite and not block.sum().isfinite():
+        if not self.allow_nonfinite and unit.name not in self._finite and not block.sum().isfinite():
             for k, part in enumerate(unit.inputs):
                 self._check(block[k], unit, part)
         return block, base
@@ -154,6 +156,8 @@ class Merger:
             except StopIteration as done:
                 return done.value
             total = self._add_blocks(wanted, unit, 0, unit.numel, wanted.total.clone(), buffers)
+            if wanted.share == 1:
+                self._finite.add(unit.name)
 
     def _add_blocks(self, wanted: Pass, unit: Unit, first: int, last: int, total: Tensor, buffers: Buffers) -> Tensor:
         step = self._step(unit, BLOCK)
@@ -203,6 +207,8 @@ class Merger:
 
             with world.together():
                 workers.run(self.jobs(mine), work)
+            if wanted.share == 1:
+                self._finite.update(unit.name for unit in mine)
             merged: dict[Any, Tensor] = {}
             for rank, part in enumerate(world.gather(totals)):
                 merged |= {((rank, key) if exact else key): value for key, value in part.items()}

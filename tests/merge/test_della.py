@@ -16,9 +16,10 @@ def della(*deltas, method="della_linear", seed=0, weights=None, **parameters):
 
 
 def test_worked_example():
-    probabilities = keep_steps(torch.tensor([[4.0, -1, 3, 2]]), 0.7, 0.07) / STEPS
-    assert probabilities.flatten().tolist() == pytest.approx([0.77, 0.63, 0.723333, 0.676667], abs=1e-5)
-    assert (1 / probabilities).flatten().tolist() == pytest.approx([1.298701, 1.587302, 1.382488, 1.477832], abs=3e-5)
+    ranks = ascending_order(torch.tensor([[4.0, -1, 3, 2]])).argsort()[0].numpy()
+    probabilities = keep_steps(4, 0.7, 0.07)[ranks] / STEPS
+    assert probabilities.tolist() == pytest.approx([0.77, 0.63, 0.723333, 0.676667], abs=1e-5)
+    assert (1 / probabilities).tolist() == pytest.approx([1.298701, 1.587302, 1.382488, 1.477832], abs=3e-5)
 
 
 def test_kept_elements_are_divided_by_their_own_probability():

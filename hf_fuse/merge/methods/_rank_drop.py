@@ -23,20 +23,17 @@ def ascending_order(delta_RC: Tensor) -> Tensor:
     return keys_RC.bitwise_and_(0xFFFFFFFF)
 
 
-def keep_steps(delta_RC: Tensor, density: float, epsilon: float) -> Tensor:
-    """Keep probabilities in units of 1/65536: ``density - epsilon`` for a row's smallest element, ``density + epsilon``
-    for its largest, evenly by rank in between. ``[R, C]``"""
+def keep_steps(columns: int, density: float, epsilon: float) -> np.ndarray:
+    """Keep probabilities by rank, in units of 1/65536: ``density - epsilon`` for the smallest element of a row,
+    ``density + epsilon`` for the largest, evenly in between. ``uint16 [C]``"""
     if not (density - epsilon > 0 and density + epsilon < 1):
         raise RecipeError(
             f"parameters: density {density:g} and epsilon {epsilon:g} give keep probabilities from "
             f"{density - epsilon:g} to {density + epsilon:g}; they must lie between 0 and 1. Make epsilon smaller."
         )
-    columns = delta_RC.shape[-1]
     # A row of one element has no rank to tell, and its mean probability is the density.
     low, high = (density - epsilon, density + epsilon) if columns > 1 else (density, density)
-    ramp = torch.linspace(low * STEPS, high * STEPS, columns, dtype=torch.float64).round_().clamp_(1, STEPS - 1)
-    ramp_RC = ramp.to(delta_RC.device, delta_RC.dtype).expand_as(delta_RC)
-    return torch.empty_like(delta_RC).scatter_(-1, ascending_order(delta_RC), ramp_RC)
+    return np.linspace(low * STEPS, high * STEPS, columns).round().clip(1, STEPS - 1).astype(np.uint16)
 
 
 def drop(
@@ -47,14 +44,13 @@ def drop(
         return delta_RC.clone()
     if density <= 0:
         return torch.zeros_like(delta_RC)
-    steps_RC = keep_steps(delta_RC, density, epsilon)
-    drawn = torch.from_numpy(random.bits(model, delta_RC.numel()).astype(np.float32))
-    drawn_RC = drawn.to(steps_RC.device, steps_RC.dtype).view_as(steps_RC)
-    # Whole numbers: steps - drawn is at least 1 where the element is kept, and 0 or less where it is dropped.
-    mask_RC = drawn_RC.neg_().add_(steps_RC).clamp_(0, 1)
-    if divide:
-        mask_RC.mul_(STEPS).div_(steps_RC)
-    return mask_RC.mul_(delta_RC)
+    steps_C = keep_steps(delta_RC.shape[-1], density, epsilon)
+    # A row's random numbers go to its elements by rank, so that only what comes of them has to be put in place.
+    kept_RC = random.bits(model, delta_RC.numel()).reshape(delta_RC.shape) < steps_C
+    factor_C = STEPS / steps_C.astype(np.float64) if divide else np.ones(len(steps_C))
+    kind = np.float64 if delta_RC.dtype == torch.float64 else np.float32
+    factor_RC = torch.from_numpy(kept_RC * factor_C.astype(kind)).to(delta_RC.device)
+    return torch.empty_like(delta_RC).scatter_(-1, ascending_order(delta_RC), factor_RC).mul_(delta_RC)
 
 
 def drop_by_rank(

@@ -183,6 +183,14 @@ def count_from(magnitude_N: Tensor, value: float) -> tuple[int, int]:
     return int(np.count_nonzero(numbers > exact)), int(np.count_nonzero(numbers == exact))
 
 
+def places_from(magnitude_N: Tensor, value: float) -> Tensor:
+    """Indices of the magnitudes that are at least ``value``."""
+    if not magnitude_N.is_cpu:
+        return (magnitude_N >= value).nonzero()[:, 0]
+    numbers = magnitude_N.numpy()
+    return torch.from_numpy(np.flatnonzero(numbers >= numbers.dtype.type(value)))
+
+
 def _sampled_windows(
     ranks: Sequence[float],
     numel: int,

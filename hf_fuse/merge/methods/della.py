@@ -61,7 +61,7 @@ def della(
             each tensor's L1 norm (mergekit); ``none``.
         ranks: compare elements within their row of the matrix, or within the tensor, which is then held whole.
         state: factors for ``l1_norm``.
-        random: keyed by seed, tensor, model and position.
+        random: keyed by seed, tensor, model, row and rank in it.
 
     Equal magnitudes rank by position. Votes that cancel exactly count as positive.
     """

@@ -46,7 +46,7 @@ def della_linear(
         rescale: as in della.
         ranks: compare elements within their row of the matrix, or within the tensor.
         state: factors for ``l1_norm``.
-        random: keyed by seed, tensor, model and position.
+        random: keyed by seed, tensor, model, row and rank in it.
     """
     values = drop_by_rank(
         deltas_KN.flatten(1)[:, None] if ranks == "tensor" else deltas_KN,

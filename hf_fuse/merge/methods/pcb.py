@@ -8,13 +8,12 @@ from dataclasses import dataclass
 from functools import cache
 from typing import Annotated, Literal
 
-import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.functional import softshrink
 
 from hf_fuse.merge.methods._passes import Measurement, Seen
-from hf_fuse.merge.methods._threshold import kth_largest_magnitude
+from hf_fuse.merge.methods._threshold import kth_largest_magnitude, places_from
 from hf_fuse.registry import Between, PerModel
 
 PAPER = "https://arxiv.org/abs/2410.02396"
@@ -113,16 +112,18 @@ class Importances:
 
 def _importances(deltas_KN: Tensor, low: Sequence[float], high: Sequence[float], least: Sequence[float]) -> Importances:
     """Elements that can't reach ``least`` are left out. Numbers do not depend on where in a block an element lies."""
-    count, numel = deltas_KN.shape
-    signed = [_signed(delta_N, a, b) for delta_N, a, b in zip(deltas_KN, low, high)]
-    present = sum(b > 0 for b in high)
-    parts = [_reaching(own_N, _least_magnitude(one, count, present)) for own_N, one in zip(signed, least)]
-    places = torch.cat(parts)
-    own = torch.cat([own_N.index_select(0, part) for own_N, part in zip(signed, parts)])
-    agreement = torch.zeros_like(own)
-    for other_N in signed:
-        agreement.add_(_tanh(other_N.index_select(0, places).mul_(own)))
-    return Importances(own.square_().mul_(count).exp_().mul_(agreement), [len(part) for part in parts], places)
+    count, present = len(deltas_KN), sum(b > 0 for b in high)
+    parts = [
+        _reaching(delta_N, a, b, _least_magnitude(one, count, present))
+        for delta_N, a, b, one in zip(deltas_KN, low, high, least)
+    ]
+    places, sizes = torch.cat(parts), [len(part) for part in parts]
+    signed_KM = [_signed(delta_N.index_select(0, places), a, b) for delta_N, a, b in zip(deltas_KN, low, high)]
+    own_M = torch.cat([signed_M.split(sizes)[k] for k, signed_M in enumerate(signed_KM)])
+    agreement_M = torch.zeros_like(own_M)
+    for signed_M in signed_KM:
+        agreement_M.add_(_tanh(signed_M.mul_(own_M)))
+    return Importances(own_M.square_().mul_(count).exp_().mul_(agreement_M), sizes, places)
 
 
 def _signed(delta_N: Tensor, low: float, high: float) -> Tensor:
@@ -147,14 +148,14 @@ def _least_magnitude(least: float, count: int, present: int) -> float:
     return below
 
 
-def _reaching(signed_N: Tensor, smallest: float) -> Tensor:
-    """Indices where |n| is at least ``smallest``."""
+def _reaching(delta_N: Tensor, low: float, high: float, smallest: float) -> Tensor:
+    """Indices where |n| may be at least ``smallest``."""
     if smallest <= 0:
-        return torch.arange(signed_N.numel(), device=signed_N.device)
-    magnitude_N = signed_N.abs()
-    if magnitude_N.is_cpu:
-        return torch.from_numpy(np.flatnonzero(magnitude_N.numpy() >= smallest))
-    return (magnitude_N >= smallest).nonzero()[:, 0]
+        return torch.arange(delta_N.numel(), device=delta_N.device)
+    if high <= 0:
+        return torch.empty(0, dtype=torch.int64, device=delta_N.device)
+    # A little less: n itself is rounded.
+    return places_from(delta_N.abs(), low + 0.9999 * smallest * (high - low))
 
 
 def _tanh(x: Tensor) -> Tensor:

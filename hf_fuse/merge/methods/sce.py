@@ -7,12 +7,11 @@ from typing import Annotated
 
 import torch
 from torch import Tensor
-from torch.nn.functional import hardshrink
 
 from hf_fuse.merge.methods._election import POSITIVE, combine_agreeing, elected_sign, total_of
 from hf_fuse.merge.methods._passes import Measurement, Pass, Seen
 from hf_fuse.merge.methods._products import energies
-from hf_fuse.merge.methods._threshold import kth_largest_magnitude
+from hf_fuse.merge.methods._threshold import kth_largest_magnitude, places_from
 from hf_fuse.registry import Between
 
 PAPER = "https://arxiv.org/abs/2408.07990"
@@ -33,7 +32,7 @@ def measure(count: int, numel: int, dtype: torch.dtype, *, density: float) -> Me
         )
 
     def add(block_KN: Tensor, total: Tensor, seen: Seen) -> None:
-        total += energies(_selected(block_KN, least))
+        total += energies(_selected(block_KN, least)[1])
 
     energy = yield Pass(torch.zeros(count, dtype=torch.float64), add)
     whole = float(energy.sum())
@@ -60,10 +59,11 @@ def sce(
     paper's body is unverified.
     """
     least, weights = state
-    values = _selected(deltas_KN, least)
-    sign_N = elected_sign(values, POSITIVE)
-    weighed = [value_N * weight for value_N, weight in zip(values, weights)]
-    return combine_agreeing(weighed, weights, tied=POSITIVE, normalize=True, sign_N=sign_N)
+    places, values = _selected(deltas_KN, least)
+    sign_M = elected_sign(values, POSITIVE)
+    weighed = [value_M * weight for value_M, weight in zip(values, weights)]
+    merged_M = combine_agreeing(weighed, weights, tied=POSITIVE, normalize=True, sign_N=sign_M)
+    return merged_M if places is None else torch.zeros_like(deltas_KN[0]).index_copy_(0, places, merged_M)
 
 
 def _variance(deltas_KN: Tensor) -> Tensor:
@@ -77,13 +77,9 @@ def _variance(deltas_KN: Tensor) -> Tensor:
     return variance_N.div_(count)
 
 
-def _selected(deltas_KN: Tensor, least: float) -> list[Tensor]:
-    """Task vectors, zero where the variance is below ``least``."""
+def _selected(deltas_KN: Tensor, least: float) -> tuple[Tensor | None, list[Tensor]]:
+    """Positions whose variance is at least ``least``, None for all, and the K task vectors there."""
     if least == 0:
-        return list(deltas_KN)
-    if least == math.inf:
-        return [torch.zeros_like(delta_N) for delta_N in deltas_KN]
-    zero = torch.zeros((), dtype=deltas_KN.dtype)
-    just_below = float(torch.nextafter(zero + least, zero))
-    mask_N = hardshrink(_variance(deltas_KN), just_below).sign_()
-    return [delta_N * mask_N for delta_N in deltas_KN]
+        return None, list(deltas_KN)
+    places = places_from(_variance(deltas_KN), least)
+    return places, [delta_N.index_select(0, places) for delta_N in deltas_KN]
