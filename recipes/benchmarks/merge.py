@@ -71,6 +71,23 @@ CASES = {
     "dare_linear": Case(weight=0.4, parameters=(("density", 0.5),), mergekit_parameters=(("density", 0.5),)),
     "dare_ties": Case(weight=0.4, parameters=(("density", 0.5),), mergekit_parameters=(("density", 0.5),), target=2.5),
     "passthrough": Case(models=1, base=False),
+    "wise_ft": Case(models=1, target=1.3),
+    "nearswap": Case(models=1, mergekit_parameters=(("t", 0.0001),), target=1.3),
+    "multislerp": Case(weight=1.0, mergekit_parameters=(("weight", 1.0),)),
+    "karcher": Case(base=False, target=3.5),
+    "magnitude": Case(weight=0.4, target=3.5),
+    "breadcrumbs": Case(weight=0.4, mergekit_parameters=(("density", 0.2), ("gamma", 0.1)), target=3.5),
+    "breadcrumbs_ties": Case(weight=0.4, mergekit_parameters=(("density", 0.2), ("gamma", 0.1)), target=3.5),
+    "della": Case(weight=0.4, mergekit_parameters=(("density", 0.7), ("epsilon", 0.07)), target=3.5),
+    "della_linear": Case(weight=0.4, mergekit_parameters=(("density", 0.7), ("epsilon", 0.07)), target=3.5),
+    "consensus": Case(target=3.5),
+    "pcb": Case(target=3.5),
+    "sce": Case(mergekit_parameters=(("select_topk", 0.1),), target=3.5),
+    "varm": Case(),
+    "widen": Case(),
+    "arcee_fusion": Case(models=1),
+    "ram": Case(),
+    "ramplus_tl": Case(),
 }
 
 
