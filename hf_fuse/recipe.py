@@ -15,7 +15,7 @@ import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from hf_fuse.errors import RecipeError
-from hf_fuse.registry import nearest
+from hf_fuse.registry import get, names, nearest
 
 # Keys of ours that may stand in a mergekit file, which has no word for them.
 OURS = ("output", "output_kind", "rank", "push", "seed", "max_shard_size")
@@ -285,7 +285,18 @@ def load_recipe(source: str | Path | dict | Recipe, overrides: dict[str, Any] | 
     try:
         return Recipe.model_validate(data)
     except ValidationError as error:
-        raise RecipeError(f"{name}: {explain(error, Recipe)}") from None
+        raise RecipeError(f"{name}: {_misplaced(error, data.get('method')) or explain(error, Recipe)}") from None
+
+
+def _misplaced(error: ValidationError, method: Any) -> str | None:
+    """What to say of a parameter that stands beside its method instead of under ``parameters``."""
+    problem = error.errors()[0]
+    if problem["type"] != "extra_forbidden" or len(problem["loc"]) != 1 or method not in names("merge"):
+        return None
+    key = problem["loc"][0]
+    if key not in get("merge", method).options:
+        return None
+    return f"{key!r} is a parameter of {method}. It belongs under parameters; as a dotted key it is parameters.{key}."
 
 
 def _override(data: Any, dotted: str, value: Any, name: str) -> None:

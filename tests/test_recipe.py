@@ -27,6 +27,10 @@ def test_numbers_as_people_write_them(text, value):
     "change, message",
     [
         ({"modles": []}, "unknown key 'modles'. Did you mean 'models'?"),
+        (
+            {"method": "ties", "models": ["a"], "density": 0.1},
+            "'density' is a parameter of ties. It belongs under parameters; as a dotted key it is parameters.density.",
+        ),
         ({"models": [{"path": "a", "wieght": 1}]}, "unknown key 'wieght' in models.0. Did you mean 'weight'?"),
         ({"models": []}, "give either models"),
         ({"dtype": "float16"}, "dtype"),
