@@ -142,6 +142,11 @@ class MixLoraModel(RoutedLoraModel):
             if key and not any(key.startswith(f"{layer}.") for layer in self.families) and _is_split(key, modules)
         }
         apart = sorted(key for key in self.split_projections if check_target_module_exists(peft_config, key))
+        if not apart and not any(self._targets(peft_config, key) for key in self.families):
+            warnings.warn(
+                "target_modules names no projection of a feed-forward layer: there will be no router, only plain LoRA.",
+                stacklevel=2,
+            )
         if apart:
             warnings.warn(
                 f"{apart[0]} and {len(apart) - 1} more are projections of feed-forward layers that are not together in "
