@@ -23,7 +23,7 @@ _PUBLIC = {
     "evaluate_models": "hf_fuse.evaluation",
     "push": "hf_fuse.hub",
     "FuseTrainer": "hf_fuse.trainer",
-    "FuseConfig": "hf_fuse.trainer",
+    "FuseConfig": "hf_fuse.trainer_config",
     "MixLoraConfig": "hf_fuse.adapters.mixlora",
     "DynMoleConfig": "hf_fuse.adapters.dynmole",
     "MolaConfig": "hf_fuse.adapters.mola",

@@ -13,12 +13,12 @@ import torch
 from torch import Tensor, nn
 from transformers.utils import ModelOutput
 
+from hf_fuse.batch_counts import IGNORED
 from hf_fuse.errors import FuseError
 
 if TYPE_CHECKING:
     from hf_fuse.objectives import Objective
 
-IGNORED = -100
 # Where a loss's parameter gets its tensor from; any other name is a column of the batch.
 FROM_MODEL = {
     "logits": "(N, C), the predictions that have a label, shifted for causal language models",
@@ -40,11 +40,6 @@ def forward_options(needed: Iterable[str]) -> dict[str, bool]:
     asked = {"hidden_states": "hidden_states", "attentions": "attentions"}
     asked |= {"router_logits": "router_logits", "router_weights": "router_logits"}
     return {f"output_{asked[name]}": True for name in needed if name in asked}
-
-
-def kept_labels(labels: Tensor, *, shifted: bool) -> Tensor:
-    """Labels in the order of the predictions: for a causal language model, those of the next tokens."""
-    return labels[..., 1:] if shifted else labels
 
 
 def kept_predictions(logits: Tensor, labels: Tensor, *, shifted: bool) -> tuple[Tensor, Tensor]:
@@ -89,9 +84,11 @@ def own_balance_weight(model: nn.Module) -> float | None:
     return next((getattr(place, name) for place in places for name in names if hasattr(place, name)), None)
 
 
-def without(outputs: ModelOutput, names: Iterable[str]) -> ModelOutput:
+def without(outputs: Any, names: Iterable[str]) -> Any:
     """The output less some fields, which evaluation would otherwise gather from all batches."""
     dropped = {*names}
+    if not isinstance(outputs, ModelOutput) or dropped.isdisjoint(outputs):
+        return outputs
     return type(outputs)(**{name: value for name, value in outputs.items() if name not in dropped})
 
 
@@ -109,17 +106,17 @@ def class_counts(dataset: Any, classes: int) -> Tensor:
         raise FuseError(
             f"class_counts: the training set has no labels, only {', '.join(map(str, names)) or 'no names'}."
         )
-    column = dataset[name] if hasattr(dataset, "column_names") else [row[name] for row in dataset]
-    counts_C = torch.zeros(classes, dtype=torch.long)
-    for value in column:
-        labels_N = torch.as_tensor(value).reshape(-1)
-        labels_N = labels_N[labels_N != IGNORED]
-        if labels_N.numel() and (labels_N.is_floating_point() or not 0 <= labels_N.min() <= labels_N.max() < classes):
-            raise FuseError(
-                f"class_counts: label {labels_N.tolist()[:5]} of the training set, expected 0 to {classes - 1}."
-            )
-        counts_C += torch.bincount(labels_N, minlength=classes)
-    return counts_C
+    column = list(dataset[name] if hasattr(dataset, "column_names") else (row[name] for row in dataset))
+    # One label per sample is the usual case; lists of labels may differ in length.
+    rows = [torch.as_tensor(column)] if column and not hasattr(column[0], "__len__") else map(torch.as_tensor, column)
+    labels_N = torch.cat([labels.reshape(-1) for labels in rows])
+    labels_N = labels_N[labels_N != IGNORED]
+    if labels_N.is_floating_point() or not labels_N.numel() or not 0 <= labels_N.min() <= labels_N.max() < classes:
+        raise FuseError(
+            f"class_counts: the training set's {name} are {sorted({*labels_N.tolist()})[:20]}, but the model's classes "
+            f"are 0 to {classes - 1}."
+        )
+    return torch.bincount(labels_N, minlength=classes)
 
 
 def check_needs(objective: Objective, model: nn.Module, dataset: Any, extra: frozenset[str]) -> None:

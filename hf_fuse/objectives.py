@@ -24,13 +24,11 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from hf_fuse import registry
+from hf_fuse.batch_counts import PREDICTIONS, SAMPLES, TOKENS, UNITS
 from hf_fuse.errors import CheckpointError, RecipeError
 
 TASK = "task"
 SHAPES = ("linear", "cosine")
-# What the mean of a loss is taken over; its micro-batches count by how many of these they hold.
-PREDICTIONS, SAMPLES, TOKENS = "predictions", "samples", "tokens"
-UNITS = (PREDICTIONS, SAMPLES, TOKENS)
 STATE_FILE = "objective_states_{}.safetensors"
 
 

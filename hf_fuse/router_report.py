@@ -6,11 +6,11 @@ import logging
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from accelerate import Accelerator
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import TrainerCallback
 
 from hf_fuse.errors import FuseError
@@ -33,12 +33,30 @@ class RouterUsage:
         self._sums: dict[str, Tensor] = {}
         self.loads: dict[str, list[float]] = {}
 
-    def add(self, router: str, statistics: dict[str, Tensor], tokens: Tensor | float) -> None:
-        """Counts a micro-batch: ``load`` (E,), ``entropy`` and ``dropped``, each a mean over ``tokens``."""
-        load_E = statistics["load"].detach().float()
-        rest = torch.stack([statistics["entropy"], statistics["dropped"], torch.ones_like(statistics["entropy"])])
-        sums = torch.cat([load_E, rest.detach().to(load_E)]) * tokens
-        self._sums[router] = self._sums[router] + sums if router in self._sums else sums
+    def observe(self, model: nn.Module, outputs: Any, attention_mask: Tensor | None, tokens: Tensor) -> None:
+        """Counts a micro-batch of ``tokens`` tokens, if the model's output has ``router_logits``.
+
+        Args:
+            model: the transformers model, with or without adapters.
+            outputs: of the model.
+            attention_mask: ``(B, T)``, 0 for padding.
+            tokens: how many are not padding.
+        """
+        router_logits = getattr(outputs, "router_logits", None)
+        if not router_logits:
+            return
+        if hasattr(outputs, "aux_loss_folded"):
+            from hf_fuse.adapters.router_collector import router_statistics
+
+            statistics = router_statistics(model)
+        else:
+            top_k = model.config.get_text_config().num_experts_per_tok
+            statistics = top_k_statistics(router_logits, top_k, attention_mask)
+        for router, values in statistics.items():
+            load_E = values["load"].detach().float()
+            rest = torch.stack([values["entropy"], values["dropped"], torch.ones_like(values["entropy"])])
+            sums = torch.cat([load_E, rest.detach().to(load_E)]) * tokens
+            self._sums[router] = self._sums[router] + sums if router in self._sums else sums
 
     def take(self, accelerator: Accelerator) -> dict[str, float]:
         """Log entries of the window over all processes, which it ends; a collective operation.

@@ -11,66 +11,37 @@ from __future__ import annotations
 import inspect
 import logging
 from collections.abc import Iterator
-from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import torch
-from accelerate.utils import find_batch_size
 from torch import Tensor, nn
-from transformers import Trainer, TrainingArguments
+from transformers import Trainer
 from transformers.trainer_utils import EvalLoopOutput
 
+from hf_fuse.batch_counts import IGNORED, PREDICTIONS, TOKENS, UNITS, count, labels_of, masked, repeated_samples
 from hf_fuse.errors import FuseError
 from hf_fuse.loss_inputs import (
     FROM_MODEL,
     FROM_TRAINER,
-    IGNORED,
     SECOND,
     check_needs,
     class_counts,
     forward_options,
-    kept_labels,
     kept_predictions,
     own_balance_weight,
     router_choices,
     without,
 )
-from hf_fuse.objectives import PREDICTIONS, UNITS, load_states, read_objectives, save_states
-from hf_fuse.router_report import ExpertUsageChart, RouterUsage, top_k_statistics
+from hf_fuse.objectives import load_states, read_objectives, save_states
+from hf_fuse.router_report import ExpertUsageChart, RouterUsage
+from hf_fuse.trainer_config import FuseConfig
 from hf_fuse.trainer_logs import Averages
 
 if TYPE_CHECKING:
     from peft import PeftConfig
 
 logger = logging.getLogger(__name__)
-
-
-@dataclass
-class FuseConfig(TrainingArguments):
-    """``TrainingArguments`` and the objectives.
-
-    Raises:
-        RecipeError: an objective that does not exist or has a wrong option.
-    """
-
-    _VALID_DICT_FIELDS = [*TrainingArguments._VALID_DICT_FIELDS, "objectives"]
-
-    objectives: dict[str, Any] | str | None = field(
-        default=None,
-        metadata={
-            "help": "Losses added to the task loss: name -> weight, {start, end, after, until, shape}, or {weight, "
-            "options of the loss}; 'task' is the weight of the task loss (1 unless given). A JSON string is read too."
-        },
-    )
-    router_statistics: bool = field(
-        default=True,
-        metadata={"help": "Log load, entropy and dropped tokens of each router, and draw a heat map of expert usage."},
-    )
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        read_objectives(self.objectives or {})
 
 
 class FuseTrainer(Trainer):
@@ -115,8 +86,6 @@ class FuseTrainer(Trainer):
             model = _with_adapter(model, peft_config)
         self.task_weight, self.objectives = read_objectives(args.objectives or {})
         super().__init__(model, args, **trainer_arguments)
-        base = self.accelerator.unwrap_model(self.model)
-        self._base = base.get_base_model() if hasattr(base, "get_base_model") else base
         self._check_model()
         self._whole_batch: Tensor | None = None
         self._window, self._evaluation = Averages(), Averages()
@@ -138,15 +107,18 @@ class FuseTrainer(Trainer):
         """
         found = {name: inputs.get(name) for name in needed}
         found |= {name: getattr(outputs, name, None) for name in needed & FROM_MODEL.keys()}
-        labels, shifted = self._labels(inputs)
-        if labels is not None and needed & {"logits", "labels", "second_logits"}:
+        labels, shifted = labels_of(inputs, shifted=self._loss_shifts_labels)
+        predicted = labels is not None and getattr(outputs, "logits", None) is not None
+        if predicted and needed & {"logits", "labels", "second_logits"}:
             found["logits"], found["labels"] = kept_predictions(outputs.logits, labels, shifted=shifted)
-        if labels is not None and "second_logits" in needed:
+        if predicted and "second_logits" in needed:
             second = self._second_forward(model, inputs)
             found["second_logits"], _ = kept_predictions(second.logits, labels, shifted=shifted)
         router_logits = getattr(outputs, "router_logits", None)
         if "router_weights" in needed and found["router_weights"] is None and router_logits:
-            found["router_weights"] = router_choices(router_logits, self._base.config.num_experts_per_tok)
+            found["router_weights"] = router_choices(
+                router_logits, self._base.config.get_text_config().num_experts_per_tok
+            )
         if "class_counts" in needed:
             found["class_counts"] = self._class_counts
         if "progress" in needed:
@@ -161,14 +133,19 @@ class FuseTrainer(Trainer):
         num_items_in_batch: Tensor | int | None = None,
     ) -> Tensor | tuple[Tensor, Any]:
         """In training, this micro-batch's part of the total loss; in evaluation, its mean task loss."""
-        inputs = dict(inputs) if model.training else self._without_repeats(inputs)
+        inputs = dict(inputs)
+        repeated_B = None if model.training else repeated_samples(inputs, self.accelerator)
+        if repeated_B is not None:
+            inputs |= masked(inputs, repeated_B, labels=IGNORED)
         weights = self._weights(model.training)
         active = [objective for objective in self.objectives if objective.name in weights]
         needed = {name for objective in active for name in objective.needs.values()}
         asked = forward_options(needed)
+        task, router_loss, outputs = self._forward(model, self._of_model(inputs) | asked)
+        if repeated_B is not None:
+            # Not before: attention would have nothing to attend to.
+            inputs |= masked(inputs, repeated_B, attention_mask=0)
         counts_U = self._count(inputs)
-        task, router_loss, outputs = self._forward(model, self._of_model(inputs) | asked, counts_U)
-
         terms = {"task_loss": (weights["task_loss"], task, PREDICTIONS)}
         if router_loss is not None:
             terms["aux_loss"] = (1.0, router_loss, PREDICTIONS)
@@ -186,7 +163,7 @@ class FuseTrainer(Trainer):
         if not model.training:
             return self._evaluated(terms, counts_U, outputs, asked, return_outputs)
         if self.args.router_statistics:
-            self._observe_routers(outputs, inputs, counts_U)
+            self.router_usage.observe(self._base, outputs, inputs.get("attention_mask"), counts_U[UNITS.index(TOKENS)])
         loss = self._total(terms, counts_U)
         return (loss, outputs) if return_outputs else loss
 
@@ -196,9 +173,9 @@ class FuseTrainer(Trainer):
         share_U = counts_U / whole_U.clamp(min=1)
         total = torch.zeros((), device=counts_U.device)
         for name, (weight, value, unit) in terms.items():
-            share = share_U[UNITS.index(unit)].to(value.device)
+            share = share_U[UNITS.index(unit)]
             # The mean over nothing is NaN in some models; here it counts for nothing.
-            value = torch.where(share > 0, value, 0.0)
+            value = torch.where(share > 0, value.to(share.device), 0.0)
             if len(terms) > 1:
                 self._window.add(name, value, share)
             # Gradients are averaged over the processes, shares refer to all of them.
@@ -220,11 +197,11 @@ class FuseTrainer(Trainer):
             return task
         return task, without(outputs, {"aux_loss", *(name.removeprefix("output_") for name in asked)})
 
-    def _forward(self, model: nn.Module, inputs: dict[str, Any], counts_U: Tensor) -> tuple[Tensor, Tensor | None, Any]:
+    def _forward(self, model: nn.Module, inputs: dict[str, Any]) -> tuple[Tensor, Tensor | None, Any]:
         """Mean task loss of the micro-batch, the weighted loss of the model's own routers or None, and the output."""
         # With the count of this micro-batch, those models that normalise by it return the mean as the others do.
-        counted = isinstance(self._labels(inputs)[0], Tensor)
-        items = counts_U[UNITS.index(PREDICTIONS)].clamp(min=1) if counted else None
+        counted = isinstance(labels_of(inputs, shifted=False)[0], Tensor)
+        items = self._count(inputs)[UNITS.index(PREDICTIONS)].clamp(min=1) if counted else None
         apart = (self.label_smoother or self.compute_loss_func) and "labels" in inputs
         loss, outputs = super().compute_loss(model, inputs, return_outputs=True, num_items_in_batch=items)
         if counted and (self.model_accepts_loss_kwargs or self.compute_loss_func):
@@ -243,7 +220,7 @@ class FuseTrainer(Trainer):
         """The output for the columns ``second_*``, or for the same inputs under other dropout."""
         second = {name.removeprefix(SECOND): value for name, value in inputs.items() if name.startswith(SECOND)}
         second = second or self._of_model(inputs)
-        if not self._base.config.is_encoder_decoder:
+        if not getattr(self._base.config, "is_encoder_decoder", False):
             second.pop("labels", None)
         return model(**second)
 
@@ -290,25 +267,14 @@ class FuseTrainer(Trainer):
         weights = {objective.name: objective.weight(*moment) for objective in self.objectives}
         return {"task_loss": self.task_weight(*moment)} | {name: weight for name, weight in weights.items() if weight}
 
-    def _labels(self, inputs: dict[str, Any]) -> tuple[Any, bool]:
-        """The labels, and whether they are still to be shifted by one against the logits."""
-        if inputs.get("shift_labels") is not None:
-            return inputs["shift_labels"], False
-        return inputs.get("labels"), self._loss_shifts_labels
+    @property
+    def _base(self) -> nn.Module:
+        """The transformers model inside of wrappers and adapters."""
+        model = self.accelerator.unwrap_model(self.model)
+        return model.get_base_model() if hasattr(model, "get_base_model") else model
 
     def _count(self, inputs: dict[str, Any]) -> Tensor:
-        """How many predictions, samples and tokens are in a batch, in the order of ``UNITS``."""
-        labels, shifted = self._labels(inputs)
-        mask, ids = inputs.get("attention_mask"), inputs.get("input_ids")
-        samples = tokens = predictions = find_batch_size(self._of_model(inputs))
-        if isinstance(labels, Tensor):
-            predictions = kept_labels(labels, shifted=shifted).ne(IGNORED).sum()
-        if isinstance(mask, Tensor) and mask.dim() == 2:
-            tokens = mask.ne(0).sum()
-        elif isinstance(ids, Tensor):
-            tokens = ids.numel()
-        counts = (predictions, samples, tokens)
-        return torch.stack([torch.as_tensor(count, device=self.args.device) for count in counts])
+        return count(self._of_model(inputs), self.args.device, shifted=self._loss_shifts_labels)
 
     @cached_property
     def _averaged_processes(self) -> int:
@@ -335,30 +301,6 @@ class FuseTrainer(Trainer):
         if self._signature_columns is None:
             super()._set_signature_columns_if_needed()
             self._signature_columns += [*self._loss_columns, *(SECOND + name for name in self._signature_columns)]
-
-    def _without_repeats(self, inputs: dict[str, Any]) -> dict[str, Any]:
-        """Ignores the labels of the samples with which accelerate fills up the last round of an evaluation."""
-        state, labels = self.accelerator.gradient_state, inputs.get("labels")
-        filled_up = self.accelerator.num_processes > 1 and state.end_of_dataloader and state.remainder > 0
-        if not filled_up or not isinstance(labels, Tensor) or labels.is_floating_point():
-            return dict(inputs)
-        place_B = self.accelerator.process_index * len(labels) + torch.arange(len(labels), device=labels.device)
-        repeated = (place_B >= state.remainder).view(-1, *[1] * (labels.dim() - 1))
-        return dict(inputs) | {"labels": labels.masked_fill(repeated, IGNORED)}
-
-    def _observe_routers(self, outputs: Any, inputs: dict[str, Any], counts_U: Tensor) -> None:
-        router_logits = getattr(outputs, "router_logits", None)
-        if not router_logits:
-            return
-        if hasattr(outputs, "aux_loss_folded"):
-            from hf_fuse.adapters.router_collector import router_statistics
-
-            statistics = router_statistics(self._base)
-        else:
-            top_k = self._base.config.get_text_config().num_experts_per_tok
-            statistics = top_k_statistics(router_logits, top_k, inputs.get("attention_mask"))
-        for router, values in statistics.items():
-            self.router_usage.add(router, values, counts_U[UNITS.index("tokens")])
 
     def _check_model(self) -> None:
         parallelism = getattr(self.accelerator, "parallelism_config", None)
