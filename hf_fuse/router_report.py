@@ -55,7 +55,7 @@ class RouterUsage:
         for router, values in statistics.items():
             load_E = values["load"].detach().float()
             rest = torch.stack([values["entropy"], values["dropped"], torch.ones_like(values["entropy"])])
-            sums = torch.cat([load_E, rest.detach().to(load_E)]) * tokens
+            sums = torch.cat([load_E, rest.detach().to(load_E)]).to(tokens.device) * tokens
             self._sums[router] = self._sums[router] + sums if router in self._sums else sums
 
     def take(self, accelerator: Accelerator) -> dict[str, float]:

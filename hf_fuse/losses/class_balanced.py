@@ -44,7 +44,7 @@ def class_balanced(
 
 def balancing_weights(class_counts_C: Tensor, beta: float) -> Tensor:
     """``(1 - beta) / (1 - beta^n)``, scaled to sum C; a class that does not occur weighs as one that occurs once."""
-    counts_C = class_counts_C.clamp(min=1).double()
+    counts_C = class_counts_C.clamp(min=1).float()
     if beta == 0:
         weights_C = torch.ones_like(counts_C)
     elif beta == 1:
@@ -52,4 +52,4 @@ def balancing_weights(class_counts_C: Tensor, beta: float) -> Tensor:
     else:
         # expm1 keeps the digits that 1 - beta^n loses for beta near 1.
         weights_C = -1 / torch.expm1(counts_C * math.log(beta))
-    return (weights_C * len(counts_C) / weights_C.sum()).float()
+    return weights_C * len(counts_C) / weights_C.sum()
