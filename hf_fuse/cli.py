@@ -236,6 +236,7 @@ def train(
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the newest checkpoint.")] = False,
     push: Annotated[str | None, typer.Option(help="Push the result to this Hub id.", show_default=False)] = None,
     private: Annotated[bool | None, typer.Option("--private/--public", help="Of a new repository.")] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Check everything, train nothing.")] = False,
 ) -> None:
     """Train an adapter or a model as a recipe says. Any recipe key can be set: --train.learning_rate 1e-4
 
@@ -246,10 +247,9 @@ def train(
     from hf_fuse.training_recipe import TrainingRecipe
 
     overrides = _overrides(context.args, TrainingRecipe.model_fields)
-    made = run(recipe, overrides, output=output, overwrite=overwrite, resume=resume, push=push, private=private)
-    if speaks():
-        for note in made.notes:
-            print(f"note: {note}", file=sys.stderr)
+    options = {"output": output, "overwrite": overwrite, "resume": resume, "push": push, "private": private}
+    made = run(recipe, overrides, **options, dry_run=dry_run)
+    if speaks() and not dry_run:
         print(f"trained: {made.output}")
         for name, value in made.to_dict().items():
             print(f"{name.replace('_', ' ')}: {value:{'.4g' if isinstance(value, float) else ','}}")

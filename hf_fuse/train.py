@@ -13,7 +13,7 @@ from typing import Any
 from hf_fuse.checkpoint.writer import exclusive_output, leftovers, remove_tree
 from hf_fuse.errors import FuseError, RecipeError
 from hf_fuse.recipe import PushEntry
-from hf_fuse.training_launch import launch, launched, quiet, ranks, said_by_lead
+from hf_fuse.training_launch import launch, launched, quiet, ranks, said_by_lead, speaks
 from hf_fuse.training_output import (
     RESULTS,
     check_same_run,
@@ -63,6 +63,7 @@ def train(
     resume: bool = False,
     push: str | None = None,
     private: bool | None = None,
+    dry_run: bool = False,
 ) -> TrainingResult:
     """Trains as a recipe says. The output appears in one step when all is done; checkpoints until then lie in
     ``<output>.partial``.
@@ -77,6 +78,7 @@ def train(
         resume: go on from the newest checkpoint of an unfinished run, or else of the output.
         push: Hub id to push the result to, instead of the recipe's.
         private: visibility of a new repository.
+        dry_run: check everything, read and encode the data, and train nothing.
 
     Raises:
         RecipeError, CheckpointError, OutputError, HubError, FuseError: found before anything is trained.
@@ -97,6 +99,11 @@ def train(
         setup = prepare(recipe, leftovers(folder)[0])
         if checkpoint:
             check_same_run(checkpoint, setup.recipe)
+    notes = tuple(setup.data.notes)
+    if speaks():
+        print(f"training {setup.summary()}", *(f"note: {note}" for note in notes), sep="\n", file=sys.stderr)
+    if dry_run:
+        return TrainingResult(folder, trainable=setup.trainable and setup.trainable[0], notes=notes)
     if not launched() and (recipe.accelerate_config or (recipe.num_processes or 1) > 1):
         launch(recipe, use_cpu=setup.arguments.use_cpu, overwrite=overwrite, resume=resume)
         result = _read_result(folder)
@@ -108,7 +115,7 @@ def train(
 
         address = upload(folder, target.repo_id, target=target, commit_message="Push a model trained with hf_fuse")
         result = replace(result, address=address)
-    return replace(result, notes=tuple(setup.data.notes))
+    return replace(result, notes=notes)
 
 
 def _placed(
@@ -150,6 +157,8 @@ def _run(setup: Setup, folder: Path, checkpoint: Path | None, *, lead: bool, ove
             write_recipe(setup, partial)
         transformers.set_seed(setup.arguments.seed)  # adapters and new heads start at random
         model = setup.load_model()
+        # Of no use here, and with a cache transformers would take the texts of a packed row for one.
+        uses_cache, model.config.use_cache = getattr(model.config, "use_cache", None), False
         trainer = FuseTrainer(
             model=model, args=setup.arguments, train_dataset=setup.data.train, eval_dataset=setup.data.eval,
             data_collator=setup.data.collator, processing_class=setup.processor, callbacks=[_progress()],
@@ -166,6 +175,7 @@ def _run(setup: Setup, folder: Path, checkpoint: Path | None, *, lead: bool, ove
             raise
         _check_finite(model)
         figures = {"train_loss": done.training_loss} | _evaluation(trainer, setup)
+        model.config.use_cache = uses_cache
         trainer.save_model(str(partial))
         trainer.save_state()
         trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)

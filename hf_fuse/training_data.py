@@ -111,12 +111,12 @@ def encode(rows: Rows, entry: DataEntry, tokenizer: PreTrainedTokenizerBase, con
     if entry.max_length and entry.max_length > context:
         raise FuseError(f"data: max_length is {entry.max_length}, but the model reads {context} tokens at most.")
     length = entry.max_length or min(DEFAULT_LENGTH, context)
+    notes: list[str] = []
     if rows.format == "chat" or (rows.format == "completion" and _is_chat(rows.train[0].rows, "prompt")):
-        usable_template(tokenizer, entry.chat_template)
+        notes += usable_template(tokenizer, entry.chat_template)
     if entry.packing and rows.format == "classification":
         raise FuseError("data: packing is for texts to predict, not for classes. Remove it.")
     encode_batch = encoder(rows.format, tokenizer, length, entry.train_on)
-    notes: list[str] = []
     train, facts = _encoded(rows.train, rows.format, encode_batch, config, notes)
     evaluation, _ = _encoded(rows.eval, rows.format, encode_batch, config, notes) if rows.eval else (None, {})
     if entry.packing:
@@ -254,16 +254,16 @@ def _encoded(
             partial(encode_batch, part.name), batched=True, with_indices=True, remove_columns=rows.column_names,
             desc=f"encode {part.name}",
         )  # fmt: skip
-        cut = sum(made["cut"]) if len(made) else 0
-        if cut:
+        if len(made) and (cut := sum(made["cut"])):
             notes.append(f"{part.name}: {cut} of {len(rows)} rows were cut off at max_length.")
         if kind in ("chat", "completion") and (lost := len(rows) - len(made)):
             notes.append(f"{part.name}: {lost} of {len(rows)} rows have nothing to train on within max_length.")
-        pieces.append(made.remove_columns("cut"))
-    whole = concatenate_datasets(pieces)
-    if not len(whole):
+        if len(made):  # without rows there are no columns either
+            pieces.append(made.remove_columns("cut"))
+    if not pieces:
         names = ", ".join(part.name for part in parts)
         raise FuseError(f"{names}: nothing to train on is left. Raise max_length, or look at the rows.")
+    whole = concatenate_datasets(pieces)
     facts = {"rows": sum(len(part.rows) for part in parts), "tokens": sum(whole["length"])}
     if kind == "classification":
         facts["classes"] = config.num_labels

@@ -11,7 +11,7 @@ from bisect import bisect_left, insort
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from hf_fuse.checkpoint.chat_template import chat_template
+from hf_fuse.checkpoint.chat_template import chat_template, missing_markers
 from hf_fuse.errors import FuseError
 
 if TYPE_CHECKING:
@@ -118,8 +118,8 @@ def encode_chat(
     return _with_spans(tokenizer, whole, spans, special=False)
 
 
-def usable_template(tokenizer: PreTrainedTokenizerBase, wanted: str | None) -> None:
-    """Gives the tokenizer the recipe's chat template, if it names one.
+def usable_template(tokenizer: PreTrainedTokenizerBase, wanted: str | None) -> list[str]:
+    """Gives the tokenizer the recipe's chat template, if it names one; returns what the user should know about it.
 
     Raises:
         FuseError: neither recipe nor tokenizer has one.
@@ -130,6 +130,12 @@ def usable_template(tokenizer: PreTrainedTokenizerBase, wanted: str | None) -> N
         raise FuseError(
             "the tokenizer has no chat template to write messages with. Name one: data.chat_template: chatml."
         )
+    if lacking := missing_markers(tokenizer.chat_template, tokenizer.get_vocab()):
+        return [
+            f"chat template: {', '.join(lacking[:3])} {'is' if len(lacking) == 1 else 'are'} no token of this "
+            "tokenizer and will be split into pieces."
+        ]
+    return []
 
 
 def packed(rows: Dataset, length: int) -> Packed:

@@ -75,6 +75,7 @@ def launch(recipe: TrainingRecipe, *, use_cpu: bool, overwrite: bool, resume: bo
             options += ["--multi_gpu", "--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
         arguments = launch_command_parser().parse_args(options + command)
         os.environ[MARK] = "1"
+        os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # DDP's advice, once per process
         noise = logging.getLogger("torch.distributed.elastic")
         level, handlers = noise.level, {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
         noise.setLevel(logging.CRITICAL)

@@ -163,9 +163,8 @@ def adapter_config(entry: AdapterEntry, task_type: str | None) -> PeftConfig:
 
     import hf_fuse  # noqa: F401 - registers the adapters of ours
 
-    known = {
-        str(getattr(kind, "value", kind)).lower(): found for kind, found in peft.PEFT_TYPE_TO_CONFIG_MAPPING.items()
-    }
+    types = peft.PEFT_TYPE_TO_CONFIG_MAPPING.items()
+    known = {str(getattr(kind, "value", kind)).lower(): config for kind, config in types}
     name = entry.method.lower().replace("-", "_")
     if name not in known:
         raise RecipeError(f"adapter: no method is called {entry.method!r}. {nearest(name, known)}")

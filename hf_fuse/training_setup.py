@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -60,6 +61,14 @@ class Setup:
     @property
     def dtype(self) -> str:
         return self.recipe.model.dtype or ("auto" if self.recipe.trains_adapter else "float32")
+
+    def summary(self) -> str:
+        """One line: what is trained, on how much."""
+        what = "adapter" if self.recipe.trains_adapter else "model"
+        if self.trainable:
+            what = f"{self.trainable[0]:,} of {self.trainable[1]:,} parameters"
+        facts = ", ".join(f"{value:,} {name}" for name, value in self.data.facts.items())
+        return f"{what} of {self.base.repo_id or self.base.folder.name}, on {facts}"
 
     def load_model(self) -> PreTrainedModel:
         """The base with its weights, the adapter on it, ready to train.
@@ -122,6 +131,8 @@ def prepare(recipe: TrainingRecipe, output_dir: Path) -> Setup:
     arguments = training_config(recipe.train, output_dir, **defaults)
     rows = read_rows(recipe.data)
     kind = "images" if rows.has_images else "classification" if rows.format == "classification" else "text"
+    if recipe.data.packing and arguments.use_cache:
+        raise RecipeError("train: use_cache can't be used with packing: packed texts would see each other.")
     if arguments.eval_strategy != "no" and not rows.eval:
         raise RecipeError("train: eval_strategy needs data to evaluate on. Give data.eval or data.eval_fraction.")
     if rows.eval and kind == "text" and "prediction_loss_only" not in recipe.train:
@@ -192,19 +203,21 @@ def _try_adapter(setup: Setup) -> None:
     """Puts the adapter on a copy of the model that has shapes and no weights, and counts what would be trained."""
     import torch
 
-    model_of = _loader(KINDS[setup.kind][0])
-    try:
-        with torch.device("meta"):
-            model = model_of.from_config(copy.deepcopy(setup.config))
-            if not setup.adapter_folder:
-                model = setup.with_adapter(model)
-    except (FuseError, ValueError, TypeError, KeyError) as error:
-        raise RecipeError(f"adapter: {' '.join(str(error).split())}") from error
-    except (RuntimeError, NotImplementedError):
-        return  # an adapter that starts from the weights themselves can't be tried without them
+    with torch.device("meta"):
+        model = _loader(KINDS[setup.kind][0]).from_config(copy.deepcopy(setup.config))
+        if setup.recipe.data.packing and "position_ids" not in inspect.signature(model.forward).parameters:
+            raise RecipeError(
+                f"data: a {setup.config.model_type} takes no positions: packed texts would see each other."
+            )
+        try:
+            model = model if setup.adapter_folder else setup.with_adapter(model)
+        except (FuseError, ValueError, TypeError, KeyError) as error:
+            raise RecipeError(f"adapter: {' '.join(str(error).split())}") from error
+        except (RuntimeError, NotImplementedError):
+            return  # an adapter that starts from the weights themselves can't be tried without them
     if not setup.adapter_folder:
-        counts = [(p.numel() if p.requires_grad else 0, p.numel()) for p in model.parameters()]
-        setup.trainable = (sum(count[0] for count in counts), sum(count[1] for count in counts))
+        counts = [(parameter.numel(), parameter.requires_grad) for parameter in model.parameters()]
+        setup.trainable = sum(count for count, trained in counts if trained), sum(count for count, _ in counts)
 
 
 def _heads(model: PreTrainedModel) -> list[str]:
