@@ -40,8 +40,10 @@ class AtlasConfig(PeftConfig):
         target_modules: names of the modules to adapt; default: all that any of the LoRAs adapts.
         exclude_modules, modules_to_save, layers_to_transform, layers_pattern: as for LoRA.
         sha256: filled in: hashes of the LoRAs' weights, in their order. Loading refuses other weights, to which the
-            coefficients would not belong. The LoRAs are not copied: :func:`hf_fuse.adapters.low_rank.to_lora` makes one
-            LoRA of all that needs them no longer.
+            coefficients would not belong.
+
+    The LoRAs are not copied. Where they lie elsewhere, load the config, set its ``task_vectors`` and pass it to
+    ``PeftModel.from_pretrained``; or make one LoRA of all (:func:`hf_fuse.adapters.low_rank.to_lora`).
 
     The paper trains with AdamW, learning rate 0.1 and weight decay 0.1, which pulls towards the base.
     """
