@@ -161,9 +161,10 @@ class Merger:
 
     def _add_blocks(self, wanted: Pass, unit: Unit, first: int, last: int, total: Tensor, buffers: Buffers) -> Tensor:
         step = self._step(unit, BLOCK)
-        # A sample is the first part of every few blocks: fewer and larger pieces cost less than many small ones. The
-        # tensor's name shifts the choice, so that small tensors are not all in or all out.
-        every = 1 << ((wanted.share.bit_length() - 1) // 2)
+        # A sample is the first part of every other block: tensors differ more than the parts of one, so each should be
+        # in it, but very small pieces cost more than they say. The tensor's name shifts the choice, so that small
+        # tensors are not all in or all out.
+        every = min(wanted.share, 2)
         part = self._step(unit, BLOCK // (wanted.share // every))
         shift = zlib.crc32(unit.name.encode())
         for start, stop in self.blocks(first, last, step):

@@ -42,7 +42,7 @@ class Seen:
 class Pass:
     """``add(block_KN, total, seen)`` adds what it sees to ``total`` in place; ``total`` starts as given, at zero.
 
-    With ``share > 1``, a power of two, about 1/share of the elements is read: the first part of every few blocks.
+    With ``share > 1``, a power of two, about 1/share of the elements is read: the first part of every other block.
     """
 
     total: Any

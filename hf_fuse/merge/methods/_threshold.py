@@ -25,8 +25,8 @@ SAMPLE_ABOVE = 1 << 19  # elements; below, a full pass is cheaper than being cle
 SHARE, MOST_SAMPLED = 64, 1 << 24  # one element of 64, or of more if that would be more than this many
 COARSE_BINS = 1 << 12  # of the first look at a sample
 BINS = 1 << 17  # of a full pass
-HELD = 1 << 20  # numbers that a pass is to keep for a rank; it stops at eight times as many
-_SIGMAS = 5.0
+HELD = 1 << 22  # numbers that a pass is to keep for a rank; it stops at eight times as many
+_SIGMAS = 15.0  # a sample of pieces says less than one of elements: neighbours are alike, tensors are not
 
 
 @dataclass(frozen=True)
@@ -98,22 +98,44 @@ class Census:
                 self.kept[i].append(inside)
             return
         inside -= inside.dtype.type(window.low)
-        inside >>= _shift(window, len(bins))
+        inside >>= self._shift(i)
         bins += torch.bincount(torch.from_numpy(inside), minlength=len(bins)).numpy()
 
-    def inside(self, i: int) -> np.ndarray:
-        """Ends of the intervals of bits inside the window that hold anything, and how many, from the top: ``[3, n]``.
-        Empty if there were more numbers than could be kept."""
-        window = self.windows[i]
+    def find(self, i: int, rank: int) -> Window | None:
+        """The interval that holds the rank-th largest, or None if it lies outside the window."""
+        window, place = self.windows[i], rank - int(self.above[i])
+        if place <= 0:
+            return None
         if len(self.binned[i]):
-            slots = np.flatnonzero(self.binned[i])[::-1]
-            shift = _shift(window, len(self.binned[i]))
-            low = window.low + (slots.astype(np.int64) << shift)
-            return np.stack([low, np.minimum(low + (1 << shift), window.high), self.binned[i][slots]])
-        kept = np.concatenate(self.kept[i] or [np.empty(0, np.int64)])
-        numbers, counts = np.unique(kept if len(kept) == self.within[i] else kept[:0], return_counts=True)
-        low = numbers[::-1].astype(np.int64)
-        return np.stack([low, low + 1, counts[::-1]])
+            from_top = self.binned[i][::-1].cumsum()
+            if place > from_top[-1]:
+                return None
+            slot = len(from_top) - 1 - int(np.searchsorted(from_top, place))
+            low, width = window.low + (slot << self._shift(i)), 1 << self._shift(i)
+            return Window(low, min(low + width, window.high), int(self.binned[i][slot]))
+        kept = self._kept(i)
+        if place > len(kept):
+            return None
+        low = int(np.partition(kept, len(kept) - place)[len(kept) - place])
+        return Window(low, low + 1, 1)
+
+    def count(self, i: int, low: int, high: int) -> int:
+        """How many inside the window lie in ``[low, high)``, the ends of intervals that were found."""
+        if len(self.binned[i]):
+            first = self.windows[i].low
+            return int(self.binned[i][(low - first) >> self._shift(i) : -(-(high - first) >> self._shift(i))].sum())
+        kept = self._kept(i)
+        return int(np.count_nonzero((kept >= low) & (kept < high)))
+
+    def _kept(self, i: int) -> np.ndarray:
+        if self.within[i] > 8 * HELD:
+            return np.empty(0, np.int64)
+        self.kept[i] = [np.concatenate(self.kept[i] or [np.empty(0, np.int64)])]
+        return self.kept[i][0]
+
+    def _shift(self, i: int) -> int:
+        window = self.windows[i]
+        return max(0, (window.high - window.low - 1).bit_length() - (len(self.binned[i]).bit_length() - 1))
 
 
 def kth_largest_magnitude(
@@ -140,8 +162,7 @@ def kth_largest_magnitude(
     rows = range(len(ranks)) if rows is None else rows
     windows = yield from _sampled_windows(ranks, numel, dtype, rows, of_nonzero, values)
     windows = [Window(0, 1, 0, certain=True) if rank > numel else window for rank, window in zip(ranks, windows)]
-    anywhere = Window(0, _top(dtype), numel)
-    ranks, asked = list(ranks), list(ranks)
+    top, ranks, asked = _top(dtype), list(ranks), list(ranks)
     while not all(window.known for window in windows):
         census = yield _census(windows, 1, BINS, dtype, rows, of_nonzero, values, largest is not None)
         for i, window in enumerate(windows):
@@ -150,13 +171,8 @@ def kth_largest_magnitude(
             if of_nonzero:
                 ranks[i] = max(1, int(asked[i] * census.seen[i])) if census.seen[i] else 0
             rank = min(ranks[i], int(census.seen[i]))
-            found = _find(census, i, rank)
-            # A sample may have pointed beside the mark; then that rank starts again without one. What is larger than
-            # everything is NaN (let in by the user) and counts as infinite.
-            if found is None and rank and (window.low, window.high) != (0, anywhere.high):
-                windows[i] = anywhere
-            else:
-                windows[i] = replace(found or Window(anywhere.high - 1, anywhere.high, 0), certain=True)
+            found = census.find(i, rank)
+            windows[i] = replace(found, certain=True) if found else _elsewhere(census, i, rank, top)
         if largest is not None:
             largest[:] = census.largest.tolist()
     return [value if rank <= numel else 0.0 for value, rank in zip(_floats(windows, dtype), ranks)]
@@ -225,10 +241,6 @@ def _floats(windows: Sequence[Window], dtype: torch.dtype) -> list[float]:
     return torch.tensor([window.low for window in windows], dtype=_integer(dtype)).view(dtype).tolist()
 
 
-def _shift(window: Window, bins: int) -> int:
-    return max(0, (window.high - window.low - 1).bit_length() - (bins.bit_length() - 1))
-
-
 def _census(
     windows: Sequence[Window],
     share: int,
@@ -258,23 +270,26 @@ def _census(
     return Pass(Census(windows, most_bins, len(least)), add, share)
 
 
-def _find(census: Census, i: int, rank: int) -> Window | None:
-    """The interval that holds the rank-th largest, or None if it lies outside the window."""
+def _elsewhere(census: Census, i: int, rank: int, top: int) -> Window:
+    """Where to look next, when a sample has pointed beside the mark or to more numbers than can be kept."""
+    window = census.windows[i]
+    if rank > census.above[i] and census.within[i] > 8 * HELD:
+        return replace(window, inside=int(census.within[i]))
+    # What is larger than everything is NaN (let in by the user) and counts as infinite, as does rank 0.
+    if rank == 0 or rank <= census.above[i] and window.high == top:
+        return Window(top - 1, top, 0, certain=True)
+    reach = 4 * (window.high - window.low)
     if rank <= census.above[i]:
-        return None
-    low, high, counts = census.inside(i)
-    slot = int(np.searchsorted(counts.cumsum(), rank - census.above[i]))
-    return None if slot == len(counts) else Window(int(low[slot]), int(high[slot]), int(counts[slot]))
+        return Window(window.high, min(top, window.high + reach), HELD)
+    return Window(max(0, window.low - reach), window.low, HELD)
 
 
 def _guess(census: Census, i: int, share: float, every: int) -> Window | None:
     """A window that holds the element with this share of all above it, judging by a sample, almost surely."""
     seen = int(census.seen[i])
     margin = _SIGMAS * (seen * share * (1 - share)) ** 0.5 + 3
-    upper = _find(census, i, max(1, int(seen * share - margin)))
-    lower = _find(census, i, min(seen, int(seen * share + margin) + 1))
+    upper = census.find(i, max(1, int(seen * share - margin)))
+    lower = census.find(i, min(seen, int(seen * share + margin) + 1))
     if upper is None or lower is None:
         return None
-    low, _, counts = census.inside(i)
-    inside = int(counts[(low >= lower.low) & (low < upper.high)].sum())
-    return Window(lower.low, upper.high, inside * every)
+    return Window(lower.low, upper.high, census.count(i, lower.low, upper.high) * every)
