@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fnmatch
+import inspect
 import re
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -122,6 +123,21 @@ def option_value(option: Option, name: str, scopes: list[Scope], dialect: str) -
     if option.required:
         raise RecipeError(f"parameters: {option.name} is missing. Expected {option.describe()}.")
     return option.default
+
+
+def check_together(method: Method, options: dict[str, Any], tensor: str) -> None:
+    """Asks a method that has a ``check`` whether its options go together at one tensor.
+
+    Raises:
+        RecipeError: they do not.
+    """
+    check = getattr(method.module, "check", None)
+    if check is None:
+        return
+    try:
+        check(**{name: options[name] for name in inspect.signature(check).parameters})
+    except RecipeError as error:
+        raise RecipeError(f"{error} (tensor {tensor})") from None
 
 
 def check_names(method: Method, scopes: Iterable[tuple[str, Mapping[str, Any], bool]]) -> None:

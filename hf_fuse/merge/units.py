@@ -11,7 +11,16 @@ from typing import Any
 from hf_fuse.checkpoint.reader import DTYPE_CODES, TensorInfo
 from hf_fuse.checkpoint.tied import Tying
 from hf_fuse.errors import CheckpointError, RecipeError
-from hf_fuse.merge.parameters import Scope, check_names, depth_of, is_at_the_end, layer_of, method_options, stacks
+from hf_fuse.merge.parameters import (
+    Scope,
+    check_names,
+    check_together,
+    depth_of,
+    is_at_the_end,
+    layer_of,
+    method_options,
+    stacks,
+)
 from hf_fuse.merge.post_steps import PostStep, check_post, post_steps
 from hf_fuse.recipe import Recipe, Slice
 from hf_fuse.registry import Method
@@ -329,6 +338,7 @@ def _unit(
     for option in method.options.values():
         if option.per_model and not isinstance(options[option.keyword], list):
             options[option.keyword] = [options[option.keyword]] * len(inputs)
+    check_together(method, options, name)
     if info.shape == () and getattr(method.module, "SCALARS", None) == "mean":
         weight = options.get("weight") or [1.0] * len(inputs)
         return Unit(name, dtype, info.shape, MEAN, inputs, options={"weight": weight})

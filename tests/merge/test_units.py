@@ -4,8 +4,11 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from tiny_models import llama_family
 
+import hf_fuse
 from hf_fuse import registry
+from hf_fuse.errors import RecipeError
 from hf_fuse.merge.methods._passes import Pass
 from hf_fuse.merge.sources import BLOCK, MemorySource
 from hf_fuse.merge.stream import Merger
@@ -59,3 +62,22 @@ def test_rows_are_whole_and_cuts_do_not_matter(chunk, workers):
 
 def test_supplied_arguments_are_no_options():
     assert not set(registry.SUPPLIED) & set(registry.get("merge", "ties").options)
+
+
+@pytest.mark.parametrize(
+    ("method", "weights", "parameters", "said"),
+    [
+        ("linear", [1, -1], {}, "weights sum to 0"),
+        ("karcher", [0, 0], {}, "weights sum to 0"),
+        ("multislerp", [1, -1], {}, "weights sum to 0"),
+        ("della", [1, 1], {"density": 0.9, "epsilon": 0.15}, "Make epsilon smaller"),
+        ("della_linear", [1, 1], {"density": [0.05, 0.5]}, "Make epsilon smaller"),
+    ],
+)
+def test_options_that_do_not_go_together_stop_the_plan(tmp_path, method, weights, parameters, said):
+    """Before weights are downloaded or read; the tensor is named."""
+    family = llama_family(tmp_path, models=2)
+    models = [{"path": str(path), "weight": weight} for path, weight in zip(family.tuned, weights)]
+    base = {"base_model": str(family.base)} if method.startswith("della") else {}
+    with pytest.raises(RecipeError, match=rf"{said}.*\(tensor "):
+        hf_fuse.plan({"method": method, "models": models, "parameters": parameters} | base)

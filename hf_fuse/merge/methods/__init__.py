@@ -15,5 +15,6 @@ numbers from a whole tensor or model first: a generator of :class:`~hf_fuse.merg
 value reaches the method as ``state``. A module with ``rescale(...)`` learns the lengths of all task vectors and of the
 merged one when everything is computed, and returns the factor that the whole is multiplied with. ``MODELS = (low,
 high)`` bounds K; ``SCALARS = "mean"`` has 0-d tensors averaged instead; ``DEFAULTS`` holds, in the form of a recipe's
-parameters, defaults that depend on the tensor's name.
+parameters, defaults that depend on the tensor's name. ``check(**options)`` refuses, before any work, options that do
+not go together.
 """

@@ -23,14 +23,19 @@ def ascending_order(delta_RC: Tensor) -> Tensor:
     return keys_RC.bitwise_and_(0xFFFFFFFF)
 
 
+def check_probabilities(density: Sequence[float], epsilon: Sequence[float]) -> None:
+    """Raises RecipeError if an element would have to be kept with a probability that is not between 0 and 1."""
+    for mean, spread in zip(density, epsilon):
+        if 0 < mean < 1 and not (mean - spread > 0 and mean + spread < 1):
+            raise RecipeError(
+                f"parameters: density {mean:g} and epsilon {spread:g} give keep probabilities from {mean - spread:g} "
+                f"to {mean + spread:g}; they must lie between 0 and 1. Make epsilon smaller."
+            )
+
+
 def keep_steps(columns: int, density: float, epsilon: float) -> np.ndarray:
     """Keep probabilities by rank, in units of 1/65536: ``density - epsilon`` for the smallest element of a row,
     ``density + epsilon`` for the largest, evenly in between. ``uint16 [C]``"""
-    if not (density - epsilon > 0 and density + epsilon < 1):
-        raise RecipeError(
-            f"parameters: density {density:g} and epsilon {epsilon:g} give keep probabilities from "
-            f"{density - epsilon:g} to {density + epsilon:g}; they must lie between 0 and 1. Make epsilon smaller."
-        )
     # A row of one element has no rank to tell, and its mean probability is the density.
     low, high = (density - epsilon, density + epsilon) if columns > 1 else (density, density)
     return np.linspace(low * STEPS, high * STEPS, columns).round().clip(1, STEPS - 1).astype(np.uint16)

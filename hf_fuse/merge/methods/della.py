@@ -12,13 +12,17 @@ from hf_fuse.merge.methods._drop import l1_factors
 from hf_fuse.merge.methods._election import POSITIVE, combine_agreeing
 from hf_fuse.merge.methods._passes import Measurement, Seen
 from hf_fuse.merge.methods._random import TensorRandom
-from hf_fuse.merge.methods._rank_drop import drop, drop_by_rank
+from hf_fuse.merge.methods._rank_drop import check_probabilities, drop, drop_by_rank
 from hf_fuse.registry import Between, PerModel
 
 PAPER = "https://arxiv.org/abs/2406.11617"
 SCALARS = "mean"
 MEASURE_SCOPE = "tensor"
 PASSES = 1  # 2 with rescale: l1_norm
+
+
+def check(density: Sequence[float], epsilon: Sequence[float]) -> None:
+    check_probabilities(density, epsilon)
 
 
 def unit(ranks: str) -> str:

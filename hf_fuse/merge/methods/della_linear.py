@@ -10,10 +10,10 @@ from torch import Tensor
 from hf_fuse.merge.methods._election import add_up
 from hf_fuse.merge.methods._random import TensorRandom
 from hf_fuse.merge.methods._rank_drop import drop_by_rank
-from hf_fuse.merge.methods.della import measure, unit
+from hf_fuse.merge.methods.della import check, measure, unit
 from hf_fuse.registry import Between, PerModel
 
-__all__ = ["della_linear", "measure", "unit"]
+__all__ = ["check", "della_linear", "measure", "unit"]
 
 PAPER = "https://arxiv.org/abs/2406.11617"
 SCALARS = "mean"

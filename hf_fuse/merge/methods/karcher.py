@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Annotated
 
 import torch
@@ -15,6 +16,10 @@ from hf_fuse.registry import Between, PerModel
 PAPER = None  # a community method; the mean is H. Karcher's (Comm. Pure Appl. Math. 30, 1977)
 SCALARS = "mean"
 MEASURE_SCOPE = "tensor"
+
+
+def check(weight: Sequence[float]) -> None:
+    shares(weight, "karcher")
 
 
 def measure(count: int, numel: int, dtype: torch.dtype) -> Measurement:

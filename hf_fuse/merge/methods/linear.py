@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from torch import Tensor
 
 from hf_fuse.errors import RecipeError
@@ -10,23 +12,21 @@ from hf_fuse.registry import PerModel
 PAPER = "https://arxiv.org/abs/2203.05482"
 
 
+def check(weight: Sequence[float], normalize: bool) -> None:
+    if normalize and sum(weight) == 0:
+        raise RecipeError("linear: the weights sum to 0, so they can't be normalised. Change one, or normalize: false.")
+
+
 def linear(models_KN: Tensor, *, weight: PerModel = 1.0, normalize: bool = True) -> Tensor:
     """``sum_k w_k theta_k``, divided by ``sum_k w_k`` with ``normalize``.
 
     Args:
         models_KN: weights of K models, N elements.
         weight: one number per model.
-        normalize: divide by the sum of the weights.
-
-    Raises:
-        RecipeError: the weights sum to zero and ``normalize`` is on.
+        normalize: divide by the sum of the weights, which must not be 0 then.
     """
     if normalize:
         total = sum(weight)
-        if total == 0:
-            raise RecipeError(
-                "linear: the weights sum to 0, so they can't be normalised. Change one, or normalize: false."
-            )
         weight = [w / total for w in weight]
     merged_N = models_KN[0] * weight[0]
     for k in range(1, len(weight)):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -15,6 +17,11 @@ PAPER = None  # a community method
 SCALARS = "mean"
 MEASURE_SCOPE = "tensor"
 _EPSILON = 1e-7  # relative length at which directions count as balancing out: what fp32 can tell
+
+
+def check(weight: Sequence[float], normalize: bool) -> None:
+    if normalize:
+        shares(weight, "multislerp")
 
 
 def measure(count: int, numel: int, dtype: torch.dtype) -> Measurement:
