@@ -2,7 +2,7 @@
 """Every merge method on small real data: accuracy beside the length of the merged change, over several seeds.
 
     python recipes/merge_study.py                 # a minute: one seed, hardly trained; shows that everything runs
-    python recipes/merge_study.py --full          # ten to fifteen minutes on two cores: the study
+    python recipes/merge_study.py --full          # three seeds, whole grids: the study
 
 ``digits``: a small vision transformer learns some of scikit-learn's handwritten digits in many guises, not very well;
 eight experts then continue with more digits in one guise each (turned, mirrored, inverted, patches shuffled ...).
