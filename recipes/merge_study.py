@@ -81,7 +81,7 @@ def main() -> None:
     warning = "This was a quick run: the models are hardly trained and the figures mean nothing. Use --full."
     used = ", ".join(f"{name} {version}" for name, version in facts["versions"].items())
     heading = (
-        f"# Every merge method on small real data\n\n`{facts['command']}` ({len(seeds)} seeds; {used})\n\n{LEGEND}\n"
+        f"# Every merge method on small real data\n\n`{facts['command']}` (seeds: {len(seeds)}; {used})\n\n{LEGEND}\n"
     )
     sections = [heading, *([] if given.full else [warning + "\n"]), *(part for _, part in reported.values())]
     (given.output / "study.md").write_text("\n".join(sections), encoding="utf-8")

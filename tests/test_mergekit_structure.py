@@ -177,7 +177,7 @@ def add_tokenizer(folder: Path, tokens: list[str]) -> None:
     (folder / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "PreTrainedTokenizerFast"}))
 
 
-def test_union_of_tokenizers_with_a_token_override(tmp_path: Path):
+def test_union_of_tokenizers_with_a_token_override_and_padding(tmp_path: Path):
     random = torch.Generator().manual_seed(5)
     states = {}
     for key, tokens in (("base", []), ("a", ["<x>", "<y>"]), ("b", ["<y>"])):
@@ -198,18 +198,21 @@ def test_union_of_tokenizers_with_a_token_override(tmp_path: Path):
         tokenizer:
           source: union
           tokens: {<y>: {source: {kind: model_token, model: ROOT/base, token: w3}, force: true}}
+          pad_to_multiple_of: 8
     """,
     )
     made = json.loads((tmp_path / "merged/tokenizer.json").read_text())
     ids = made["model"]["vocab"] | {token["content"]: token["id"] for token in made["added_tokens"]}
     assert len(ids) == VOCABULARY + 2
-    assert json.loads((tmp_path / "merged/config.json").read_text())["vocab_size"] == VOCABULARY + 2
+    assert json.loads((tmp_path / "merged/config.json").read_text())["vocab_size"] == VOCABULARY + 4
     for name in ("model.embed_tokens.weight", "lm_head.weight"):
         base, a, b = (states[key][name] for key in ("base", "a", "b"))
         expected = {f"w{i}": (a[i] + 3 * b[i] + 4 * base[i]) / 8 for i in range(VOCABULARY)}
         expected |= {"<x>": a[VOCABULARY], "<y>": base[3]}  # the only owner's row; the forced one
         for token, row in expected.items():
             torch.testing.assert_close(result[name][ids[token]].double(), row, rtol=2e-6, atol=2e-6, msg=token)
+        mean = result[name][: VOCABULARY + 2].mean(0).expand(2, WIDTH)  # rows of padding, as mergekit has them
+        torch.testing.assert_close(result[name][VOCABULARY + 2 :], mean, rtol=2e-6, atol=2e-6)
 
 
 def test_embeddings_come_from_the_first_slice_and_the_head_from_the_last(
