@@ -87,7 +87,7 @@ def computes(layer: nn.Module, family: Family) -> bool:
     Weights that are quantised, sharded or not there yet are not compared: they count as equal.
     """
     weights = list(layer.parameters())
-    if not all(
+    if not weights or not all(
         type(w.data) is Tensor and w.numel() and w.is_floating_point() and w.element_size() > 1 and not w.is_meta
         for w in weights
     ):

@@ -161,7 +161,8 @@ def _auxiliary_loss(groups: list[Group], task_types: Tensor | None) -> Tensor | 
         loss = config.auxiliary_loss(logits, tuple(r.weights_TE for r in routes), mask, task_types)
         if loss is None:
             continue
-        if torch.is_grad_enabled() and layers[0].active_experts.router.requires_grad and not logits[0].requires_grad:
+        learning = [layer.active_experts.router.requires_grad for layer in layers]
+        if torch.is_grad_enabled() and any(it and not z.requires_grad for it, z in zip(learning, logits)):
             raise FuseError(
                 "Gradient checkpointing with use_reentrant=True runs the layers without gradients first, so that the "
                 "routers would learn nothing from their losses. Use gradient_checkpointing_kwargs="

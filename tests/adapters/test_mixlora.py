@@ -471,3 +471,45 @@ def test_wrong_settings(settings, message):
 def test_wrong_targets():
     with pytest.raises(TypeError, match="Embedding cannot have LoRA experts"):
         get_peft_model(llama(), config(target_modules=["embed_tokens"]))
+
+
+class Int8Linear(torch.nn.Module):
+    """Stands for the quantised layers of bitsandbytes and others: no float weight to look at."""
+
+    def __init__(self, linear):
+        super().__init__()
+        self.in_features, self.out_features = linear.in_features, linear.out_features
+        scale = linear.weight.abs().max() / 127
+        self.register_buffer("weight", (linear.weight / scale).round().to(torch.int8))
+        self.scale = scale.item()
+
+    def forward(self, x):
+        return F.linear(x, self.weight.to(x.dtype) * self.scale)
+
+
+@pytest.mark.filterwarnings("ignore:Unsupported layer type")
+def test_quantised_base():
+    base = llama()
+    for layer in base.model.layers:
+        for parent, names in ((layer.mlp, FEED_FORWARD), (layer.self_attn, ["q_proj", "v_proj"])):
+            for name in names:
+                setattr(parent, name, Int8Linear(getattr(parent, name)))
+    expected = logits(base)
+    model = get_peft_model(base, config())
+    torch.testing.assert_close(logits(model), expected, rtol=1e-5, atol=1e-6)
+    inputs = batch()
+    move(model).train()(**inputs, labels=inputs["input_ids"]).loss.backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters() if p.requires_grad)
+    assert torch.equal(logits(model.unload()), expected)
+
+
+def test_compiles_into_one_graph():
+    model = adapted(llama(layers=1), target_modules=FEED_FORWARD, router_aux_loss_coef=1.0).train()
+    inputs = batch()
+    inputs["labels"] = inputs["input_ids"]
+    eager = model(**inputs)
+    compiled = torch.compile(model, backend="eager", fullgraph=True)(**inputs)
+    assert type(compiled) is type(eager)
+    torch.testing.assert_close(compiled.loss, eager.loss)
+    torch.testing.assert_close(compiled.aux_loss, eager.aux_loss)
+    assert router_statistics(model).keys() == {"model.layers.0.mlp"}
