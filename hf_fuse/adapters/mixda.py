@@ -13,13 +13,13 @@ from __future__ import annotations
 
 import math
 import warnings
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 from peft import PeftConfig, PeftType
-from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
+from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, check_target_module_exists
 from torch import Tensor, nn
 
 from hf_fuse.adapters._peft import register
@@ -242,7 +242,10 @@ class MixDaModel(BaseTuner):
 
     def _prepare_adapter_config(self, peft_config: MixDaConfig, model_config: dict) -> MixDaConfig:
         if peft_config.target_modules is None:
-            peft_config.target_modules = feed_forward_outputs(self.model)
+            found = feed_forward_outputs(self.model)
+            # By their last parts: whole names would bypass layers_to_transform.
+            named = replace(peft_config, target_modules={name.rpartition(".")[2] for name in found})
+            peft_config.target_modules = {name for name in found if check_target_module_exists(named, name)}
         return peft_config
 
     def _create_and_replace(
