@@ -14,6 +14,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from hf_fuse.adapters.precise_linear import no_autocast
+
 ROWS = 256  # tokens of a block per expert to aim at: fewer make products inefficient, more leave the cache
 
 
@@ -66,7 +68,7 @@ class _ExpertLoop(torch.autograd.Function):
         ranks_TEr = None if A_Erf is None else A_Erf.new_zeros(*weights_TE.shape, A_Erf.shape[1])
         # Narrow products are half as fast again from contiguous factors.
         A_Efr = None if A_Erf is None else A_Erf.transpose(1, 2).contiguous()
-        with torch.autocast(weights_TE.device.type, enabled=False):
+        with no_autocast(weights_TE):
             for block, chosen in _blocks(weights_TE):
                 sum_bf = hidden_Tf[block].to(precise).zero_()
                 for expert, tokens_m in chosen:
@@ -92,7 +94,7 @@ class _ExpertLoop(torch.autograd.Function):
         d_weights_TE = torch.zeros_like(weights_TE)
         d_A_Erf = None if A_Erf is None else torch.zeros_like(A_Erf, dtype=precise)
         d_activated, d_linear = _zeros_like(activated, precise), _zeros_like(linear, precise)
-        with torch.autocast(weights_TE.device.type, enabled=False):
+        with no_autocast(weights_TE):
             for block, chosen in _blocks(weights_TE):
                 for gradient in (d_activated, d_linear):
                     if gradient.base_Tf is not None:  # here rather than at once: it will be needed while in the cache

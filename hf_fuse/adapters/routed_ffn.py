@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from hf_fuse.adapters.expert_loop import Projection, expert_loop
 from hf_fuse.adapters.expert_slots import can_group, expert_groups, expert_slots
-from hf_fuse.adapters.precise_linear import factor_dtype, precise_linear
+from hf_fuse.adapters.precise_linear import factor_dtype, no_autocast, precise_linear
 from hf_fuse.adapters.routing import Routes
 
 # Columns of all experts' factors side by side from which on grouped products are expected to be faster on a GPU:
@@ -72,7 +72,7 @@ def routed_ffn(
     A_Erf = _over(factors["down"][0].to(dtype), 1 - dropout) if "down" in factors else None
     weights_TE = _over(routes.weights_TE, 1 - hidden_dropout)
     evaluate = _kernel(kernel or _best_kernel(x_Td, activation, factors, dtype, routes.chosen_TK), routes.chosen_TK)
-    with torch.autocast(x_Td.device.type, enabled=False):
+    with no_autocast(x_Td):
         hidden_Tf, ranks_TEr = evaluate(activated, linear, weights_TE, A_Erf, activation, kept_Tf, kept_by_factors_Tf)
     y_Td = down(hidden_Tf)
     change_Td = 0
@@ -146,7 +146,7 @@ def _best_kernel(
     if x_Td.device.type == "cpu" and not torch.compiler.is_compiling() and not trained:
         return "loop"
     sizes = [A_Eri.shape[:2] for A_Eri, _ in factors.values()]
-    columns = max((experts * rank for experts, rank in sizes), default=0)
+    columns = max([0, *(experts * rank for experts, rank in sizes)])
     groupable = chosen_TK is not None and can_group(dtype, {rank for _, rank in sizes})
     return "groups" if columns > GROUPED_FROM and groupable else "slots"
 

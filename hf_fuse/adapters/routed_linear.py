@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from hf_fuse.adapters.precise_linear import factor_dtype, precise_linear
+from hf_fuse.adapters.precise_linear import factor_dtype, no_autocast, precise_linear
 
 
 def routed_linear(
@@ -38,7 +38,7 @@ def routed_linear(
     experts, _, rank = B_Eor.shape
     dtype = factor_dtype(base_out_To, A_Eri, B_Eor)
     x_Ti = F.dropout(x_Ti, dropout) if dropout else x_Ti
-    with torch.autocast(x_Ti.device.type, enabled=False):
+    with no_autocast(x_Ti):
         ranks_TEr = precise_linear(x_Ti, A_Eri.reshape(-1, A_Eri.shape[-1]), dtype).unflatten(-1, (-1, rank))
         weighted_Tn = (ranks_TEr * (weights_TE * scaling).unsqueeze(-1)).flatten(1).to(dtype)
         B_no = B_Eor.transpose(1, 2).reshape(experts * rank, -1).to(dtype)

@@ -170,7 +170,13 @@ def switch(logits_TE: Tensor, *, capacity: int | None = None, sequence_length: i
     chosen_TE = chosen_T.unsqueeze(-1) == torch.arange(logits_TE.shape[-1], device=logits_TE.device)
     passed_T = None
     if capacity is not None:
-        place_TE = chosen_TE.long().unflatten(0, (-1, sequence_length or len(chosen_TE))).cumsum(1).flatten(0, 1)
+        tokens = len(logits_TE)
+        length = sequence_length or tokens
+        if capacity < 1:
+            raise RecipeError(f"capacity is {capacity}, expected a number of tokens >= 1, or None for no limit.")
+        if tokens and tokens % length:
+            raise RecipeError(f"sequence_length: {tokens} tokens are no whole number of sequences of {length}.")
+        place_TE = chosen_TE.long().view(-1, length, chosen_TE.shape[1]).cumsum(1).view_as(chosen_TE)
         chosen_TE = chosen_TE & (place_TE <= capacity)
         passed_T = highest_T * ~chosen_TE.any(-1)
     return Routes(highest_T.unsqueeze(-1) * chosen_TE, probabilities_TE, logits_TE, chosen_T.unsqueeze(-1), passed_T)
