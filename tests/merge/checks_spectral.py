@@ -25,6 +25,21 @@ def low_rank(rows: int, columns: int, rank: int, *, seed: int) -> Tensor:
     return torch.randn(rows, rank, generator=generator) @ torch.randn(rank, columns, generator=generator)
 
 
+def polar(matrix: Tensor) -> Tensor:
+    left, _, right = torch.linalg.svd(matrix, full_matrices=False)
+    return left @ right
+
+
+def nearly_shared(count: int, rows: int, columns: int) -> list[Tensor]:
+    """Task vectors of full rank whose strongest directions differ by about 1e-4 between tasks, fp64."""
+    generator = torch.Generator().manual_seed(11)
+    deltas = torch.randn(count, rows, columns, generator=generator, dtype=torch.float64)
+    deltas[:, 0] *= 0.03
+    deltas[:, :, 0] *= 0.03
+    deltas[:, 0, 0] = 300.0
+    return list(deltas)
+
+
 def rotated(method: Callable[..., Tensor], *deltas: Tensor) -> None:
     """f(Q tau R) = Q f(tau) R for orthogonal Q and R."""
     rows, columns = deltas[0].shape

@@ -1,6 +1,6 @@
 import pytest
 import torch
-from checks_spectral import low_rank, merged, rotated
+from checks_spectral import low_rank, merged, polar, rotated
 
 from hf_fuse.merge.methods.iso_cts import directions_per_task
 
@@ -58,3 +58,25 @@ def test_duplicates_absent_tasks_and_nothing():
 def test_orthogonal_equivariance():
     one, other = torch.randn(2, 12, 9, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     rotated(cts, one, other)
+
+
+def direct(deltas, fraction):
+    """The authors' algorithm, term by term."""
+    rank = min(deltas[0].shape)
+    each = round((rank - int(rank * fraction)) / len(deltas))
+    left, values, right = torch.linalg.svd(sum(deltas), full_matrices=False)
+    common = rank - each * len(deltas)
+    stack = [(left[:, :common], values[:common], right[:common])]
+    for delta in deltas:
+        u, s, v = torch.linalg.svd(delta - stack[0][0] @ stack[0][0].T @ delta, full_matrices=False)
+        stack.append((u[:, :each], s[:each], v[:each]))
+    left, values, right = (torch.cat(kind, dim) for kind, dim in zip(zip(*stack), (1, 0, 0)))
+    return values.mean() * polar(left) @ polar(right)
+
+
+@pytest.mark.parametrize("fraction", [0.4, 0.8])
+@pytest.mark.parametrize("shape", [(20, 20), (40, 12), (12, 40)])
+def test_full_rank_task_vectors_follow_the_algorithm(shape, fraction):
+    deltas = torch.randn(3, *shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    found = cts(*deltas, common_space_fraction=fraction)
+    torch.testing.assert_close(found, direct(deltas, fraction), rtol=0, atol=1e-10)

@@ -1,6 +1,6 @@
 import pytest
 import torch
-from checks_spectral import low_rank, merged, rotated
+from checks_spectral import low_rank, merged, nearly_shared, polar, rotated
 
 from hf_fuse import merge_state_dicts
 
@@ -110,3 +110,22 @@ def test_tolerance_drops_the_rounding_of_merged_adapters():
         return float((found - base - total).norm() / total.norm())
 
     assert far(tolerance=0.02) < 0.2 < 0.4 < far()
+
+
+def direct(deltas):
+    """The paper's formula, term by term."""
+    room = min(deltas[0].shape) // len(deltas)
+    parts = [[part[..., :room] for part in (u, s, v.T)] for u, s, v in (torch.linalg.svd(d, False) for d in deltas)]
+    left, values, right = (torch.cat(kind, -1) for kind in zip(*parts))
+    return polar(left) @ torch.diag(values) @ polar(right.T)
+
+
+@pytest.mark.parametrize("shape", [(20, 20), (40, 12), (12, 40)])
+def test_full_rank_task_vectors_follow_the_formula(shape):
+    random = torch.randn(3, *shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    torch.testing.assert_close(tsv(*random), direct(random), rtol=0, atol=1e-10)
+    # Directions that differ by 1e-4 are two: taking them for one changes most of the result.
+    shared = nearly_shared(3, *shape)
+    expected = direct(shared)
+    for found in (tsv(*shared), tsv(*(delta.float() for delta in shared)).double()):
+        assert (found - expected).norm() < 2e-2 * expected.norm()

@@ -15,9 +15,12 @@ from torch import Tensor
 
 # Singular values up to this share of the largest count as zero: what fp32 arithmetic leaves of an exact zero.
 RANK_TOLERANCE = 1e-6
-# Directions, or whole task vectors, that differ by less than this share are one: orthogonalising them would give
-# full strength to a difference that is mere rounding.
+# Whole task vectors that differ by less than this share are one: orthogonalising them would give full strength to a
+# difference that is mere rounding.
 SAME = 1e-3
+# Likewise for directions, of which fp32 leaves so much more that a larger share would drop what the papers keep:
+# strong directions that tasks nearly share.
+SAME_DIRECTION = 1e-5
 
 # Tensors that hold one row per token. Their SVD would be that of a vocabulary, not of a map between features.
 VOCABULARY = (
@@ -76,17 +79,21 @@ def triplets(matrix_MN: Tensor, tolerance: float = RANK_TOLERANCE, *, relative_t
     return found.first(int((found.values_R > tolerance * largest).sum()))
 
 
-def polar_factor(matrix_MN: Tensor, tolerance: float = SAME) -> Tensor:
+def polar_factor(matrix_MN: Tensor, tolerance: float = SAME_DIRECTION) -> Tensor:
     """The nearest matrix with orthonormal columns (or rows); for a singular one the partial isometry, which is zero
     where the matrix is. ``[M, N]``"""
     left_MR, _, right_RN = triplets(matrix_MN, tolerance)
     return left_MR @ right_RN
 
 
-def orthogonal_product(stacks: Sequence[Triplets], values_R: Tensor) -> Tensor:
-    """``polar(U) diag(values) polar(V)`` for U and V made of the stacks' vectors side by side, ``[M, N]``."""
-    left_MR = polar_factor(torch.cat([stack.left_MR for stack in stacks], 1))
-    right_RN = polar_factor(torch.cat([stack.right_RN for stack in stacks], 0))
+def orthogonal_product(stacks: Sequence[Triplets], values_R: Tensor, tolerance: float) -> Tensor:
+    """``polar(U) diag(values) polar(V)`` for U and V made of the stacks' vectors side by side, ``[M, N]``.
+
+    Singular values up to ``tolerance`` were noise, so vectors are no more certain than that.
+    """
+    tolerance = max(tolerance, SAME_DIRECTION)
+    left_MR = polar_factor(torch.cat([stack.left_MR for stack in stacks], 1), tolerance)
+    right_RN = polar_factor(torch.cat([stack.right_RN for stack in stacks], 0), tolerance)
     return (left_MR * values_R) @ right_RN
 
 

@@ -46,7 +46,8 @@ def iso_cts(
             too few directions for all tasks, this is Iso-C.
         spectral: treat this matrix by its singular vectors, or average it. By default all but embeddings, language
             model heads and CLIP's text_projection.
-        tolerance: singular values up to this share of the largest count as zero and their directions are left out.
+        tolerance: singular values up to this share of the largest count as zero and their directions are left out;
+            directions that tasks share up to this share are one.
 
     The directions that are shared out are those of the sum: its rank, not the size of the matrix.
     """
@@ -60,7 +61,7 @@ def iso_cts(
         values_R = torch.cat([part.values_R for part in parts])
         if not len(values_R):  # the task vectors cancel
             return torch.zeros_like(total_MN)
-        return orthogonal_product(parts, values_R.mean().expand_as(values_R))
+        return orthogonal_product(parts, values_R.mean().expand_as(values_R), tolerance)
 
     return by_matrix(deltas_KN, weight, spectral, combine).mul_(lambda_)
 

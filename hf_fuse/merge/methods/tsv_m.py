@@ -45,8 +45,8 @@ def tsv_m(
         spectral: treat this matrix by its singular vectors, or average it. By default all but embeddings, language
             model heads and CLIP's text_projection.
         tolerance: singular values up to this share of the largest are no part of a task (the authors' code keeps them:
-            their arbitrary directions displace those of low-rank task vectors). Raise it to 1e-3 or so for LoRA models
-            that were merged and rounded to bfloat16.
+            their arbitrary directions displace those of low-rank task vectors), and directions that tasks share up to
+            this share are one. Raise it to 1e-2 or so for LoRA models that were merged and rounded to bfloat16.
 
     Task vectors that repeat each other count once: their common directions can't be made orthogonal.
     """
@@ -59,6 +59,6 @@ def tsv_m(
         if not room:
             return None
         parts = [triplets(matrix_MN, tolerance).first(room) for matrix_MN in matrices]
-        return orthogonal_product(parts, torch.cat([part.values_R for part in parts]))
+        return orthogonal_product(parts, torch.cat([part.values_R for part in parts]), tolerance)
 
     return by_matrix(deltas_KN, weight, spectral, combine).mul_(lambda_)
