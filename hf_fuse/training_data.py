@@ -30,6 +30,7 @@ COLUMNS = {
     "classification": ("label",),
     "text": ("text",),
 }
+FILES = (".json", ".jsonl", ".csv", ".tsv", ".parquet", ".arrow", ".txt")
 SPLIT_SEED = 0
 
 
@@ -176,6 +177,8 @@ def _read(source: DataSource) -> Part:
         # A text file is one document: lines on their own would lose what they follow.
         (text,) = read_text_files([path])
         return Part(text.name, Dataset.from_dict({"text": list(text)}))
+    if path.suffix in FILES and not path.is_file():  # else it would be looked for on the Hub
+        raise FuseError(f"{path}: no such file.")
     name, rows = load_rows(source.path, subset=source.subset, split=source.split, limit=source.limit)
     for ours, theirs in source.columns.items():
         if theirs not in rows.column_names:

@@ -222,9 +222,8 @@ def _try_adapter(setup: Setup) -> None:
 
 def _heads(model: PreTrainedModel) -> list[str]:
     """The modules beside the backbone: what a new set of classes has to learn from the start."""
-    return [
-        name for name, module in model.named_children() if name != model.base_model_prefix and any(module.parameters())
-    ]
+    beside = [(name, module) for name, module in model.named_children() if name != model.base_model_prefix]
+    return [name for name, module in beside if next(module.parameters(), None) is not None]
 
 
 def _loader(name: str) -> Any:
