@@ -105,7 +105,7 @@ class AtlasLayer(LowRankLayer):
 
 
 class AtlasModel(LowRankModel):
-    """Adds aTLAS to a model; made by ``get_peft_model(model, AtlasConfig([...]))``."""
+    """Adds aTLAS to a model; made by ``get_peft_model(model, AtlasConfig(task_vectors=[...]))``."""
 
     prefix = "atlas_"
     tuner_layer_cls = AtlasLayer
