@@ -93,11 +93,11 @@ class _ExpertLoop(torch.autograd.Function):
         precise = torch.promote_types(weights_TE.dtype, activated.base_Tf.dtype)
         d_weights_TE = torch.zeros_like(weights_TE)
         d_A_Erf = None if A_Erf is None else torch.zeros_like(A_Erf, dtype=precise)
-        d_activated, d_linear = _zeros_like(activated, precise), _zeros_like(linear, precise)
+        d_activated, d_linear = _gradient_of(activated, precise), _gradient_of(linear, precise)
         with no_autocast(weights_TE):
             for block, chosen in _blocks(weights_TE):
                 for gradient in (d_activated, d_linear):
-                    if gradient.base_Tf is not None:  # here rather than at once: it will be needed while in the cache
+                    if gradient.base_Tf is not None:
                         gradient.base_Tf[block].zero_()
                 for expert, tokens_m in chosen:
                     weight_m1 = _rows(weights_TE[:, expert, None], tokens_m)
@@ -161,7 +161,8 @@ def _add_product(sum_mf: Tensor, left_mr: Tensor, right_rf: Tensor, kept_Tf: Ten
     return sum_mf.add_(_masked(left_mr @ right_rf, kept_Tf, tokens_m))
 
 
-def _zeros_like(projection: Projection, precise: torch.dtype) -> Projection:
+def _gradient_of(projection: Projection, precise: torch.dtype) -> Projection:
+    """Zeros, but for the first: that is set to zero block by block, when it is needed in the cache."""
     base_Tf, ranks_TEr, B_Efr = projection
     return Projection(
         None if base_Tf is None else torch.empty_like(base_Tf, memory_format=torch.contiguous_format),

@@ -53,23 +53,19 @@ def _slot(
     kept_Tf: Tensor | None,
     kept_by_factors_Tf: Tensor | None,
 ) -> tuple[Tensor, Tensor | None]:
-    is_chosen_TE = torch.arange(weights_TE.shape[1], device=weights_TE.device) == _column(chosen)
-    weights_TE = weights_TE * is_chosen_TE
-    h_Tf = expert_output(chosen, activated, linear, activation)
+    weights_TE = weights_TE * _is_chosen(chosen, weights_TE)
+    h_Tf = activation(_raised(activated, chosen))
+    if linear is not None:
+        h_Tf = h_Tf * _raised(linear, chosen)
     hidden_Tf = (h_Tf if kept_Tf is None else h_Tf * kept_Tf) * weights_TE.sum(1, keepdim=True)
     if A_Erf is None:
         return hidden_Tf, None
     seen_Tf = (h_Tf if kept_by_factors_Tf is None else h_Tf * kept_by_factors_Tf).to(A_Erf.dtype)
-    ranks_TEr = F.linear(seen_Tf, A_Erf.flatten(0, 1)).unflatten(1, A_Erf.shape[:2])
+    if isinstance(chosen, int):
+        ranks_TEr = F.linear(seen_Tf, A_Erf[chosen]).unsqueeze(1)
+    else:
+        ranks_TEr = F.linear(seen_Tf, A_Erf.flatten(0, 1)).unflatten(1, A_Erf.shape[:2])
     return hidden_Tf, (ranks_TEr * weights_TE.unsqueeze(-1)).to(A_Erf.dtype)
-
-
-def expert_output(
-    chosen: int | Tensor, activated: Projection, linear: Projection | None, activation: Callable[[Tensor], Tensor]
-) -> Tensor:
-    """h of each token for its chosen expert (``(T,)``), or for one expert."""
-    h_Tf = activation(_raised(activated, chosen))
-    return h_Tf if linear is None else h_Tf * _raised(linear, chosen)
 
 
 def _raised(projection: Projection, chosen: int | Tensor) -> Tensor:
@@ -79,13 +75,14 @@ def _raised(projection: Projection, chosen: int | Tensor) -> Tensor:
     if isinstance(chosen, int):
         change_Tf = F.linear(ranks_TEr[:, chosen], B_Efr[chosen])
     else:
-        is_chosen_TE = torch.arange(B_Efr.shape[0], device=B_Efr.device) == _column(chosen)
-        change_Tf = F.linear((ranks_TEr * is_chosen_TE.unsqueeze(-1)).flatten(1), B_Efr.transpose(0, 1).flatten(1))
+        own_TEr = ranks_TEr * _is_chosen(chosen, ranks_TEr).unsqueeze(-1)
+        change_Tf = F.linear(own_TEr.flatten(1), B_Efr.transpose(0, 1).flatten(1))
     return (base_Tf + change_Tf).to(base_Tf.dtype)
 
 
-def _column(chosen: int | Tensor) -> int | Tensor:
-    return chosen if isinstance(chosen, int) else chosen.unsqueeze(-1)
+def _is_chosen(chosen: int | Tensor, values_TE: Tensor) -> Tensor:
+    column = chosen if isinstance(chosen, int) else chosen.unsqueeze(-1)
+    return torch.arange(values_TE.shape[1], device=values_TE.device) == column
 
 
 def _recomputed(function: Callable, *arguments):
