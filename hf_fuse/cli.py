@@ -113,7 +113,7 @@ def _overrides(arguments: list[str], known: Any = None) -> dict[str, Any]:
             raise RecipeError(f"{flag!r} is one argument too many. Expected a recipe and --options.")
         key, given, value = flag[2:].partition("=")
         if key.split(".")[0] not in known:
-            hint = f" A parameter of the method is --parameters.{key}." if "parameters" in known and "." not in key else ""
+            hint = f" A method's parameter is --parameters.{key}." if "parameters" in known and "." not in key else ""
             raise RecipeError(f"--{key}: no such option or recipe key. {nearest(key, known)}{hint}")
         if not given:
             if not rest:
