@@ -149,3 +149,19 @@ def check_needs(objective: Objective, model: nn.Module, dataset: Any, extra: fro
             raise FuseError(f"{where}: needs {option.removeprefix('output_')}, but {kind} has no argument {option}.")
     if "class_counts" in needed:
         class_counts(dataset, config.num_labels)
+
+
+def check_columns(objectives: list[Objective], batch: dict[str, Any], extra: frozenset[str]) -> None:
+    """Refuses objectives whose columns a batch doesn't have.
+
+    Raises:
+        FuseError: what is missing.
+    """
+    for objective in objectives:
+        columns = objective.required - FROM_MODEL.keys() - FROM_TRAINER.keys() - extra
+        missing = sorted(columns - {*batch})
+        if missing:
+            raise FuseError(
+                f"objectives.{objective.name}: needs {', '.join(missing)}, but the batches have only "
+                f"{', '.join(batch)}. Add such a column to the data, or to what the data collator returns."
+            )

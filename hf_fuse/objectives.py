@@ -138,6 +138,11 @@ def _objective(name: str, weight: Schedule, options: Mapping[str, Any], kind: st
         raise RecipeError(f"{where}: {name} needs {', '.join(missing)}. Write {{weight: ..., {missing[0]}: ...}}.")
     stateful = isinstance(method.function, type)
     loss = method.function(**bound) if stateful else partial(method.function, **bound)
+    if stateful and any(True for _ in loss.parameters()):
+        raise RecipeError(
+            f"{where}: {name} has trainable parameters, which no optimizer would get. A loss may have buffers; "
+            "parameters belong to the model."
+        )
     needs, optional = _needs(loss.forward if isinstance(loss, nn.Module) else method.function)
     names = needs.values()
     default = PREDICTIONS if "labels" in names else TOKENS if "attention_mask" in names else SAMPLES

@@ -25,6 +25,7 @@ from hf_fuse.loss_inputs import (
     FROM_MODEL,
     FROM_TRAINER,
     SECOND,
+    check_columns,
     check_needs,
     class_counts,
     forward_options,
@@ -51,6 +52,11 @@ class FuseTrainer(Trainer):
     processes; only losses that compare the samples of a batch with each other see those of a micro-batch alone.
     ``eval_loss`` is the task loss, the mean over the whole evaluation set, so that it compares runs and moments with
     different weights; the other objectives are logged beside it as ``eval_<name>``.
+
+    ::
+
+        args = FuseConfig("out", objectives={"logit_z": 1e-4, "load_balance": {"start": 0, "end": 0.01, "until": 0.1}})
+        FuseTrainer(model, args, train_dataset=data, processing_class=tokenizer, peft_config=MixLoraConfig()).train()
 
     What a loss needs is read from the names of its parameters (:mod:`hf_fuse.losses`). A subclass offers further
     tensors by :attr:`extra_tensors` and :meth:`named_tensors`.
@@ -230,7 +236,7 @@ class FuseTrainer(Trainer):
         """The micro-batches of an optimizer step; counts what they hold on all processes."""
         batches, items = super().get_batch_samples(epoch_iterator, num_batches, device)
         if batches:
-            self._check_columns(batches[0])
+            check_columns(self.objectives, batches[0], self.extra_tensors)
             whole_U = torch.stack([self._count(batch) for batch in batches]).sum(0)
             if self.args.average_tokens_across_devices:
                 whole_U = self.accelerator.reduce(whole_U, "sum") / self.get_tp_size()
@@ -310,16 +316,6 @@ class FuseTrainer(Trainer):
             )
         for objective in self.objectives:
             check_needs(objective, self._base, self.train_dataset, self.extra_tensors)
-
-    def _check_columns(self, batch: dict[str, Any]) -> None:
-        for objective in self.objectives:
-            columns = objective.required - FROM_MODEL.keys() - FROM_TRAINER.keys() - self.extra_tensors
-            missing = sorted(columns - {*batch, "attention_mask"})
-            if missing:
-                raise FuseError(
-                    f"objectives.{objective.name}: needs {', '.join(missing)}, but the batches have only "
-                    f"{', '.join(batch)}. Add such a column to the data, or to what the data collator returns."
-                )
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         super()._save_optimizer_and_scheduler(output_dir)

@@ -95,7 +95,7 @@ def mean_squares(outputs, labels, num_items_in_batch=None):
     return outputs.logits.float()[labels != -100].square().sum(-1).mean()
 
 
-WARM_UP = {"start": 0.0, "end": 1.0, "until": 3}
+WARM_UP = {"start": 0.0, "end": 1.0, "until": 2}
 CASES: dict[str, dict[str, Any]] = {
     "language": {"model": llama, "objectives": {"logit_z": 0.1, "comp_sum": {"weight": WARM_UP, "tau": 0.7}}},
     "empty": {"model": llama, "data": lambda: language_data(empty=True), "objectives": {"logit_z": 0.1}},
@@ -113,7 +113,7 @@ CASES: dict[str, dict[str, Any]] = {
 
 
 def make_trainer(case: str, output: Path, batch: int, accumulation: int, **changes: Any) -> FuseTrainer:
-    """Four steps of SGD on one of ``CASES``, in the given layout."""
+    """Three steps of SGD on one of ``CASES``, in the given layout."""
     settings = CASES[case] | changes
     model, objectives = settings.pop("model")(), settings.pop("objectives")
     peft_config = settings.pop("peft_config", lambda: None)()
@@ -123,9 +123,9 @@ def make_trainer(case: str, output: Path, batch: int, accumulation: int, **chang
     torch.manual_seed(0)
     args = FuseConfig(
         **{
-            "output_dir": str(output), "objectives": objectives, "max_steps": 4, "learning_rate": 0.1, "optim": "sgd",
+            "output_dir": str(output), "objectives": objectives, "max_steps": 3, "learning_rate": 0.1, "optim": "sgd",
             "lr_scheduler_type": "constant", "max_grad_norm": 0.0, "per_device_train_batch_size": batch,
-            "gradient_accumulation_steps": accumulation, "per_device_eval_batch_size": batch, "use_cpu": True,
+            "gradient_accumulation_steps": accumulation, "per_device_eval_batch_size": max(batch, 3), "use_cpu": True,
             "train_sampling_strategy": "sequential", "logging_steps": 1, "save_strategy": "no", "report_to": "none",
             "disable_tqdm": True, "dataloader_pin_memory": False,
         } | settings

@@ -8,7 +8,7 @@ from typing import Annotated
 import torch
 from torch import Tensor
 
-from hf_fuse.losses._predictions import mean
+from hf_fuse.losses._predictions import class_indices, mean
 from hf_fuse.registry import Between
 
 PAPER = "https://arxiv.org/abs/1901.05555"
@@ -36,7 +36,7 @@ def class_balanced(
         beta: 0 weighs all classes alike; towards 1 the weights become those of inverse frequency.
         defer_until: share of the training with equal weights (deferred re-weighting; 0.8 in LDAM-DRW).
     """
-    loss_N = torch.nn.functional.cross_entropy(logits_NC.float(), labels_N, reduction="none")
+    loss_N = torch.nn.functional.cross_entropy(logits_NC.float(), class_indices(labels_N), reduction="none")
     if progress < defer_until:
         return mean(loss_N)
     return mean(balancing_weights(class_counts_C, beta)[labels_N] * loss_N)

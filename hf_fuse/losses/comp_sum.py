@@ -7,7 +7,7 @@ from typing import Annotated
 import torch
 from torch import Tensor
 
-from hf_fuse.losses._predictions import mean
+from hf_fuse.losses._predictions import class_indices, mean
 from hf_fuse.registry import Between
 
 PAPER = "https://arxiv.org/abs/2304.07288"
@@ -25,7 +25,7 @@ def comp_sum(logits_NC: Tensor, labels_N: Tensor, *, tau: Annotated[float, Betwe
         labels_N: class indices.
         tau: see above. Below 1, hard and mislabelled examples dominate: ``log p_y`` is kept above -30.
     """
-    log_p_N = logits_NC.float().log_softmax(-1).gather(-1, labels_N.unsqueeze(-1)).squeeze(-1)
+    log_p_N = logits_NC.float().log_softmax(-1).gather(-1, class_indices(labels_N).unsqueeze(-1)).squeeze(-1)
     if abs(tau - 1) < 1e-4:
         return mean(-log_p_N)
     if tau < 1:

@@ -7,7 +7,7 @@ from typing import Annotated
 from torch import Tensor
 from torch.nn.functional import cross_entropy, one_hot
 
-from hf_fuse.losses._predictions import mean
+from hf_fuse.losses._predictions import class_indices, mean
 from hf_fuse.registry import Between
 
 PAPER = "https://arxiv.org/abs/1906.07413"
@@ -34,7 +34,7 @@ def ldam(
         scale: 30 for the cosine classifier that the paper uses; 1 for ordinary logits.
     """
     margins_C = class_margins(class_counts_C, max_margin).to(logits_NC.device)
-    lowered_NC = logits_NC.float() - one_hot(labels_N, logits_NC.shape[-1]) * margins_C
+    lowered_NC = logits_NC.float() - one_hot(class_indices(labels_N), logits_NC.shape[-1]) * margins_C
     return mean(cross_entropy(scale * lowered_NC, labels_N, reduction="none"))
 
 

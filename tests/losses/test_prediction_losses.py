@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from hf_fuse.errors import FuseError
 from hf_fuse.losses.class_balanced import balancing_weights, class_balanced
 from hf_fuse.losses.comp_sum import comp_sum
 from hf_fuse.losses.dkl import dkl
@@ -133,3 +134,12 @@ def test_nothing_selected_gives_0_with_gradient(loss, dtype):
     value.backward()
     assert value.item() == 0 and value.dtype == torch.float32
     assert (logits.grad == 0).all()
+
+
+@pytest.mark.parametrize("labels", [torch.zeros(2), torch.zeros(2, 3)])
+def test_labels_that_are_no_classes_are_refused(labels):
+    logits = torch.zeros(2, 3)
+    losses = (comp_sum, lambda x, y: class_balanced(x, y, COUNTS), lambda x, y: ldam(x, y, COUNTS))
+    for loss in losses:
+        with pytest.raises(FuseError, match="expects the index of a class"):
+            loss(logits, labels)
