@@ -22,6 +22,7 @@ from hf_fuse.adapters.expert_loop import Projection, expert_loop
 from hf_fuse.adapters.expert_slots import can_group, expert_groups, expert_slots
 from hf_fuse.adapters.precise_linear import factor_dtype, no_autocast, precise_linear
 from hf_fuse.adapters.routing import Routes
+from hf_fuse.errors import FuseError
 
 # Columns of all experts' factors side by side from which on grouped products are expected to be faster on a GPU:
 # below it a masked product is limited by memory, not by arithmetic (reckoned for an H200, not measured).
@@ -51,7 +52,7 @@ def routed_ffn(
 
     Args:
         x_Td: input.
-        routes: who computes what; any number of weights per token may be 0.
+        routes: who computes what. Experts of weight 0 do not compute, and their weights have no gradient.
         up: W3, or fc1 of a layer without gate, or with ``fused_gate_up`` the projection to 2 f, gate first. The
             projections are called and never looked into (but for ``bias``), so they may be quantised or adapters.
         down: W2.
@@ -64,7 +65,14 @@ def routed_ffn(
         hidden_dropout: of the base layer itself, between activation and ``down`` (T5); 0 outside training.
         kernel: how the experts are evaluated; None chooses by device: ``loop`` on the CPU, elsewhere and under
             torch.compile ``slots``, or ``groups`` for bf16 factors with E r > 512.
+
+    Raises:
+        FuseError: factors of a projection that the layer does not have.
     """
+    for name in factors:
+        if name not in ("up", "down") and not (name == "gate" and gate is not None):
+            names = "gate, up, down" if gate is not None else "up, down"
+            raise FuseError(f"factors: the layer has no projection {name!r}, only {names}.")
     scalings = scaling if isinstance(scaling, Mapping) else dict.fromkeys(factors, scaling)
     activated, linear, dtype = _projections(x_Td, up, gate, fused_gate_up, factors, scalings, dropout)
     kept_Tf, kept_by_factors_Tf = _kept(activated.base_Tf, hidden_dropout, dropout if "down" in factors else 0.0)
@@ -107,9 +115,8 @@ def _projections(
         A_nd = torch.cat([A_Erd.flatten(0, 1) * scalings[name] for name, (A_Erd, _) in raised.items()])
         ranks_Tn = precise_linear(dropped_Td, A_nd, dtype)
         sizes = [A_Erd.shape[:2] for A_Erd, _ in raised.values()]
-        for (name, (_, B_Efr)), size, part_Tn in zip(
-            raised.items(), sizes, ranks_Tn.split([experts * rank for experts, rank in sizes], 1)
-        ):
+        ranks = ranks_Tn.split([experts * rank for experts, rank in sizes], 1)
+        for (name, (_, B_Efr)), size, part_Tn in zip(raised.items(), sizes, ranks):
             parts[name] = part_Tn.unflatten(1, size), B_Efr.to(dtype)
     activated, linear = Projection(up_Tf, *parts.get("up", ())), None
     if gate is not None:

@@ -17,6 +17,7 @@ from transformers.pytorch_utils import Conv1D
 from hf_fuse.adapters import expert_loop
 from hf_fuse.adapters.routed_ffn import _best_kernel, routed_ffn
 from hf_fuse.adapters.routing import Routes, route, router_logits
+from hf_fuse.errors import FuseError
 
 TOKENS, HIDDEN, WIDTH, EXPERTS, RANK = 37, 8, 16, 4, 8
 KERNELS = ("loop", "slots", "groups")
@@ -478,3 +479,11 @@ def test_saves_six_tenths_of_plain_lora(kernel, monkeypatch):
         )
     }
     assert saved["routed"] <= 0.62 * saved["lora"] < 0.3 * saved["naive"]
+
+
+@pytest.mark.parametrize("kind, name", [("plain", "gate"), ("fused", "gate"), ("gated", "gate_up")])
+def test_factors_of_no_projection(kind, name):
+    layer = Layer(kind)
+    layer.factors[name] = layer.factors["up"]
+    with pytest.raises(FuseError, match=f"no projection '{name}', only"):
+        layer(layer.routes())
