@@ -67,7 +67,7 @@ class DynMoleConfig(RoutedLoraConfig):
         if not self.router_dyn_loss_coef:
             return loss
         entropy = router_entropy(logits, attention_mask, entropy=self.entropy_type, entropy_index=self.entropy_index)
-        entropy = self.router_dyn_loss_coef * entropy
+        entropy = self.router_dyn_loss_coef * self._reduced(entropy, len(logits))
         return entropy if loss is None else loss + entropy
 
 

@@ -85,6 +85,10 @@ class Experts(nn.Module):
                 magnitude = norms_Eo.view(*experts, outputs)
             self.register_parameter(f"magnitude{name}", nn.Parameter(magnitude))
 
+    def extra_repr(self) -> str:
+        experts = f"num_experts={len(self.router)}, " if hasattr(self, "router") else ""
+        return f"{experts}r={self.lora.r}, scaling={self.lora.scaling:g}"
+
     def _jittered(self, x_Td: Tensor) -> Tensor:
         return jittered(x_Td, self.config.jitter_noise if self.training else 0.0)
 

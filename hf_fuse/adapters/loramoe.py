@@ -54,7 +54,8 @@ class LoraMoeConfig(RoutedLoraConfig):
         loss = super().auxiliary_loss(logits, weights, attention_mask, task_types)
         if not self.blc_weight:
             return loss
-        balance = self.blc_weight * localized_balance(weights, attention_mask, task_types, delta=self.blc_alpha)
+        balance = localized_balance(weights, attention_mask, task_types, delta=self.blc_alpha)
+        balance = self.blc_weight * self._reduced(balance, len(weights))
         return balance if loss is None else loss + balance
 
 

@@ -12,10 +12,10 @@ from transformers.activations import ACT2FN
 
 from hf_fuse.adapters._peft import register
 from hf_fuse.adapters.experts import FeedForwardExperts, LinearExperts, PlainLora
-from hf_fuse.adapters.ffn_families import Family, computes, family_of, is_feed_forward_projection
+from hf_fuse.adapters.ffn_families import Family, computes, family_of
 from hf_fuse.adapters.routed_config import LoraSettings, RoutedLoraConfig
 from hf_fuse.adapters.routed_layer import RoutedLayer
-from hf_fuse.adapters.routed_tuner import RoutedLoraModel
+from hf_fuse.adapters.routed_tuner import RoutedLoraModel, in_feed_forward
 
 _EXPERT_LORA = ("r", "lora_alpha", "lora_dropout", "use_dora", "use_rslora")
 
@@ -139,7 +139,7 @@ class MixLoraModel(RoutedLoraModel):
         self.split_projections = {
             key
             for key, module in modules.items()
-            if key and not any(key.startswith(f"{layer}.") for layer in self.families) and _is_split(key, modules)
+            if key and not any(key.startswith(f"{layer}.") for layer in self.families) and in_feed_forward(key, modules)
         }
         apart = sorted(key for key in self.split_projections if check_target_module_exists(peft_config, key))
         if not apart and not any(self._targets(peft_config, key) for key in self.families):
@@ -207,12 +207,6 @@ def _feed_forward_layers(model: nn.Module) -> dict[str, Family]:
         if tried[kind]:
             found[key] = family
     return found
-
-
-def _is_split(key: str, modules: dict[str, nn.Module]) -> bool:
-    parent_key, _, name = key.rpartition(".")
-    parent = modules[parent_key]
-    return is_feed_forward_projection(name, parent, modules.get(parent_key.rpartition(".")[0]))
 
 
 register("mixlora", MixLoraConfig, MixLoraModel)

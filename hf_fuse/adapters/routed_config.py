@@ -35,7 +35,7 @@ class RoutedLoraConfig(PeftConfig):
         r (`int`): Rank of each expert.
         target_modules (`Union[list[str], str]`, *optional*):
             Names of the Linear modules to adapt, as for LoRA: a list of suffixes, a regular expression, or
-            `"all-linear"`.
+            `"all-linear"`; also `"feed-forward"`, for those of feed-forward layers.
         exclude_modules (`Union[list[str], str]`, *optional*): Modules that are not adapted though they match.
         lora_alpha (`float`): The experts' outputs are scaled by `lora_alpha / r`.
         lora_dropout (`float`): Dropout of the experts' input; all experts of a module share one mask.
@@ -60,7 +60,8 @@ class RoutedLoraConfig(PeftConfig):
         router_z_loss_coef (`float`): Weight of the router z-loss.
         aux_reduction (`str`):
             `"global"` pools the layers' statistics before the load balance is taken (MixLoRA, Mixtral), `"per_layer"`
-            is the mean of the layers' losses, which is stronger, `"sum"` their sum (MoLA).
+            is the mean of the layers' losses, which is stronger, `"sum"` their sum (MoLA). The other losses are means
+            over the routers, for `"sum"` sums.
         bias (`str`): `"none"`; biases are not trained.
         modules_to_save (`list[str]`, *optional*): Further modules that are trained and saved, such as a new head.
         layers_to_transform (`Union[list[int], int]`, *optional*): Only these layers are adapted.
@@ -74,7 +75,7 @@ class RoutedLoraConfig(PeftConfig):
     r: int = field(default=8, metadata={"help": "Rank of each expert."})
     target_modules: list[str] | str | None = field(
         default=None,
-        metadata={"help": "Names of the Linear modules to adapt, a regular expression of them, or 'all-linear'."},
+        metadata={"help": "Names of Linear modules, a regular expression, 'all-linear' or 'feed-forward'."},
     )
     exclude_modules: list[str] | str | None = field(
         default=None, metadata={"help": "Names of modules, or a regular expression, that are not adapted."}
@@ -214,8 +215,12 @@ class RoutedLoraConfig(PeftConfig):
         if self.router_aux_loss_coef:
             terms.append(self.router_aux_loss_coef * self.load_balance(logits, weights, attention_mask))
         if self.router_z_loss_coef:
-            terms.append(self.router_z_loss_coef * router_z(logits, attention_mask))
+            terms.append(self.router_z_loss_coef * self._reduced(router_z(logits, attention_mask), len(logits)))
         return sum(terms) if terms else None
+
+    def _reduced(self, mean: Tensor, routers: int) -> Tensor:
+        """A mean over routers, as ``aux_reduction`` wants it."""
+        return mean * routers if self.aux_reduction == "sum" else mean
 
     def load_balance(
         self, logits: tuple[Tensor, ...], weights: tuple[Tensor, ...], attention_mask: Tensor | None

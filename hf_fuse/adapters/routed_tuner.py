@@ -48,7 +48,7 @@ class RoutedLoraModel(BaseTuner):
         names |= {key for key, module in modules.items() if isinstance(module, RoutedLayer)}
         if not only_feed_forward:
             return names
-        return {name for name in names if _in_feed_forward(name, modules)}
+        return {name for name in names if in_feed_forward(name, modules)}
 
     def _create_and_replace(
         self,
@@ -93,7 +93,8 @@ class RoutedLoraModel(BaseTuner):
         return super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
 
 
-def _in_feed_forward(key: str, modules: dict[str, nn.Module]) -> bool:
+def in_feed_forward(key: str, modules: dict[str, nn.Module]) -> bool:
+    """Whether the module of that name is a projection of a feed-forward part of a model with these modules."""
     parent_key, _, name = key.rpartition(".")
     return is_feed_forward_projection(name, modules[parent_key], modules.get(parent_key.rpartition(".")[0]))
 

@@ -15,7 +15,8 @@ In training the model's output is a subclass of its usual one with four more fie
 ``router_logits``, ``router_weights``
     per router ``(batch, sequence, experts)``, for losses of one's own.
 
-It is a declared field and not just a key, because DDP and FSDP take outputs apart and put them together again.
+They are declared fields and not just keys, because DDP and FSDP take outputs apart and put them together again. Of
+models that return a tuple the loss gets the routers' losses if there are ``labels``; other outputs are left alone.
 """
 
 from __future__ import annotations

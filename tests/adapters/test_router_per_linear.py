@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 
 import pytest
 import torch
@@ -92,6 +93,9 @@ def test_mola_balance_is_summed_over_routers_and_one_for_each_if_uniform():
         for layer in routed_layers(model):
             layer.experts["default"].router.zero_()
     assert model.train()(**batch()).aux_loss.item() == pytest.approx(0.5 * 4, abs=1e-6)
+    model.peft_config["default"].router_z_loss_coef = 0.25
+    z = 2 * math.log(2) ** 2 + 2 * math.log(4) ** 2
+    assert model.train()(**batch()).aux_loss.item() == pytest.approx(0.5 * 4 + 0.25 * z, abs=1e-6)
     assert model.train()(**batch(), labels=batch()["input_ids"]).aux_loss_folded
     silent = get_peft_model(llama(), MolaConfig(**SMALL, num_experts=2)).train()
     assert silent(**batch()).get("aux_loss") is None
