@@ -39,6 +39,8 @@ class AtlasConfig(PeftConfig):
         init_coefficient: what every coefficient starts from. 0 is the base (the paper's choice), 1 the sum of all.
         target_modules: names of the modules to adapt; default: all that any of the LoRAs adapts.
         exclude_modules, modules_to_save, layers_to_transform, layers_pattern: as for LoRA.
+        revisions: of those that are on the Hub, in the same order (None elsewhere); filled in with commits, so that a
+            saved adapter finds its LoRAs as they were.
         sha256: filled in: hashes of the LoRAs' weights, in their order. Loading refuses other weights, to which the
             coefficients would not belong.
 
@@ -55,6 +57,7 @@ class AtlasConfig(PeftConfig):
     modules_to_save: list[str] | None = field(default=None)
     layers_to_transform: list[int] | int | None = field(default=None)
     layers_pattern: list[str] | str | None = field(default=None)
+    revisions: list[str | None] | None = field(default=None)
     sha256: list[str] | None = field(default=None)
 
     target_parameters = None
@@ -133,13 +136,15 @@ def open_vectors(config: AtlasConfig, model: nn.Module) -> list[BoundAdapter]:
     if not config.task_vectors:
         raise CheckpointError("task_vectors: is empty. Give the folders or Hub ids of LoRA adapters of this base.")
     described = _described(model)
-    hashes, vectors = [], []
+    revisions = dict(zip(config.task_vectors, config.revisions or []))
+    commits, hashes, vectors = [], [], []
     for ref in config.task_vectors:
-        folder, _, _ = resolve(ref)
+        folder, _, commit = resolve(ref, None if Path(ref).is_dir() else revisions.get(ref))
         if not is_adapter(folder):
             raise CheckpointError(f"{ref}: is not an adapter (no adapter_config.json). task_vectors are LoRA adapters.")
         adapter = open_adapter(folder, ref)
         hashes.append(file_sha256(folder / WEIGHTS))
+        commits.append(commit)
         own = config.modules_to_save or []
         whole = [n for n in adapter.full if not any(re.search(rf"(^|\.){end}\.", n) for end in own)]
         # PEFT stores the frozen weight of an adapted output layer as well: of no interest unless it was resized.
@@ -160,7 +165,7 @@ def open_vectors(config: AtlasConfig, model: nn.Module) -> list[BoundAdapter]:
             f"task_vectors: {listed(changed) or 'their number'} changed since these coefficients were trained. Restore "
             "the LoRAs, or train again with sha256=None."
         )
-    config.sha256 = hashes
+    config.sha256, config.revisions = hashes, commits
     return vectors
 
 

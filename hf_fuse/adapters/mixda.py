@@ -49,7 +49,7 @@ class MixDaConfig(PeftConfig):
             to the earlier ones; `"none"`: no gate, the adapters' outputs are added to the original.
         gate_size (`int`): Width of the gate's hidden layers.
         gate_layers (`int`): Number of the gate's hidden layers (ReLU).
-        gate_dropout (`float`): Dropout after each of them.
+        gate_dropout (`float`): Dropout before each of the gate's layers.
         task_reduction (`int`): The task adapter's bottleneck is the hidden size over this.
         target_modules (`Union[list[str], str]`, *optional*):
             Names of Linear modules beside which the adapters are put; they read its input. By default the output
@@ -151,8 +151,7 @@ class Gate(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         x = x.to(self.weight_0.dtype)
         for number in range(self.layers):
-            if number:
-                x = F.dropout(F.relu(x), self.dropout, self.training)
+            x = F.dropout(F.relu(x) if number else x, self.dropout, self.training)
             x = F.linear(x, getattr(self, f"weight_{number}"), getattr(self, f"bias_{number}"))
         return x.float().softmax(-1)
 

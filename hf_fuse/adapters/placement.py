@@ -58,7 +58,7 @@ def sensitivity(
         per_example: square the gradient of each example instead of the mean gradient of each batch: the diagonal of
             the empirical Fisher matrix. As many passes as examples.
         exclude: a regular expression; parameters with a match in their names are left out.
-        progress: show a progress bar.
+        progress: show a progress bar on a terminal.
 
     Raises:
         FuseError: nothing to score, no batches, or a loss that is missing or not finite.
@@ -74,7 +74,7 @@ def sensitivity(
     read, training = 0, model.training
     model.eval()
     try:
-        for batch in tqdm(islice(batches, max_batches), "sensitivity", total, disable=not progress):
+        for batch in tqdm(islice(batches, max_batches), "sensitivity", total, disable=None if progress else True):
             read += 1
             batch = {name: _moved(value, model) for name, value in batch.items()}
             for part in _examples(batch) if per_example else [batch]:
@@ -157,7 +157,7 @@ def plan_placement(
         alpha: 10 in the paper's settings; at least 1, or a LoRA would cost less than what it replaces.
         beta: 5 in the paper's settings.
         unstructured: False spends all on LoRAs and leaves ``masks`` and ``vectors`` empty.
-        progress: show a progress bar.
+        progress: show a progress bar on a terminal.
 
     Raises:
         FuseError: no scores, scores that are not finite, or options out of range.
@@ -181,7 +181,7 @@ def plan_placement(
 
     # Floats >= 0 are ordered as their bits are, so halving the bits finds the lowest threshold that the budget allows.
     low, high = -1, _bits(torch.finfo(torch.float32).max)
-    for _ in tqdm(range(31), "placement", disable=not progress):
+    for _ in tqdm(range(31), "placement", disable=None if progress else True):
         middle = (low + high) // 2
         if middle == low:
             break

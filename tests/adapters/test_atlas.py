@@ -253,6 +253,16 @@ def test_only_plain_loras(settings, message, tmp_path):
         get_peft_model(bert(transformers.BertForMaskedLM), AtlasConfig(task_vectors=[tmp_path]))
 
 
+def test_loras_of_the_hub_stay_as_they_were(hub, hub_cache, repo_id, vectors, tmp_path):
+    hub.add_repo(repo_id, {path.name: path.read_bytes() for path in Path(vectors[0]).iterdir()})
+    model = set_coefficients(atlas([repo_id, vectors[1]]), 0.5, -0.25)
+    model.save_pretrained(tmp_path)
+    assert model.peft_config["default"].revisions == [hub.head(repo_id), None]
+    # Their author publishes others.
+    hub.add_commit(repo_id, {path.name: path.read_bytes() for path in Path(vectors[1]).iterdir()})
+    assert torch.equal(logits(PeftModel.from_pretrained(llama(), tmp_path)), logits(model))
+
+
 def test_wrong_vectors(vectors, tmp_path):
     for paths, message in (
         ([], "is empty"),
