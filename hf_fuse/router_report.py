@@ -64,19 +64,27 @@ class RouterUsage:
         ``router/<router>/load_max`` and ``load_min`` (of an even load, each 1 / E), ``entropy`` (1 if undecided), and
         ``dropped`` where tokens exceeded an expert's capacity.
         """
-        if not self._sums:
-            return {}
-        flat = accelerator.reduce(torch.cat([*self._sums.values()]), "sum")
+        means = self.means(accelerator)
+        self._sums.clear()
         logs = {}
-        for router, sums in zip(self._sums, flat.split([len(sums) for sums in self._sums.values()])):
-            *load, entropy, dropped, _ = (sums / sums[-1].clamp(min=1)).tolist()
+        for router, (load, entropy, dropped) in means.items():
             self.loads[router] = load
             logs |= {f"router/{router}/load_max": max(load), f"router/{router}/load_min": min(load)}
             logs[f"router/{router}/entropy"] = entropy
             if dropped:
                 logs[f"router/{router}/dropped"] = dropped
-        self._sums.clear()
         return logs
+
+    def means(self, accelerator: Accelerator) -> dict[str, tuple[list[float], float, float]]:
+        """Router -> load of each expert, entropy and dropped share since the window began; a collective operation."""
+        if not self._sums:
+            return {}
+        sums = accelerator.reduce(torch.cat([*self._sums.values()]), "sum").cpu()
+        found = {}
+        for router, own in zip(self._sums, sums.split([len(own) for own in self._sums.values()])):
+            *load, entropy, dropped = (own[:-1] / own[-1].clamp(min=1)).tolist()
+            found[router] = load, entropy, dropped
+        return found
 
 
 class ExpertUsageChart(TrainerCallback):
@@ -93,12 +101,14 @@ class ExpertUsageChart(TrainerCallback):
         self._draw(Path(args.output_dir), state.global_step)
 
     def _draw(self, folder: Path, step: int) -> None:
-        if not self._usage.loads:
-            self._usage.take(self._accelerator)  # no window has ended yet
-        if not self._usage.loads or not self._accelerator.is_main_process:
+        # Before the end of the first window: what there is of it.
+        loads = self._usage.loads or {
+            router: load for router, (load, *_) in self._usage.means(self._accelerator).items()
+        }
+        if not loads or not self._accelerator.is_main_process:
             return
         try:
-            expert_usage_chart(self._usage.loads, folder / CHART, f"Expert usage at step {step}")
+            expert_usage_chart(loads, folder / CHART, f"Expert usage at step {step}")
         except FuseError as error:  # a missing chart is no reason to lose a training run
             logger.warning("%s", error)
 

@@ -274,6 +274,27 @@ def test_loads_are_those_of_the_routers_choices(tmp_path):
     assert trainer.router_usage.loads["layer_0"] == pytest.approx(expected.tolist())
 
 
+def test_tokens_beyond_capacity_are_logged_as_dropped(tmp_path):
+    adapter = {
+        "router_aux_loss_coef": 0.0,
+        "lora_dropout": 0.0,
+        "routing_strategy": "mixlora-switch",
+        "expert_capacity": 1,
+    }
+    changes = {"peft_config": lambda: mixlora(**adapter), "objectives": {}, "max_steps": 1, "save_strategy": "steps"}
+    logs, _ = train(make_trainer("mixlora", tmp_path, 4, 2, save_steps=1, **changes))
+    # One token per sequence and expert is kept: at most 4 of each sequence's 4 to 11.
+    assert 0.3 < logs[0]["router/model.layers.0.mlp/dropped"] < 0.95
+    assert not any("dropped" in key for key in train(make_trainer("mixlora", tmp_path, 4, 2))[0][0])
+
+
+def test_the_chart_of_a_run_that_never_logs(tmp_path):
+    settings = {"logging_strategy": "no", "save_strategy": "steps", "save_steps": 1, "max_steps": 2}
+    train(make_trainer("mixlora", tmp_path, 4, 2, **settings))
+    assert (tmp_path / "checkpoint-1" / "expert_usage.png").is_file()
+    assert (tmp_path / "expert_usage.png").is_file()
+
+
 # ---- state
 
 
