@@ -123,7 +123,7 @@ def expert_usage_chart(loads: dict[str, Sequence[float]], path: Path, title: str
     from hf_fuse.plots import heat_map
 
     experts = max(len(load) for load in loads.values())
-    rows = [[100 * share for share in load] + [math.nan] * (experts - len(load)) for load in loads.values()]
+    rows = [[round(100 * share, 2) for share in load] + [math.nan] * (experts - len(load)) for load in loads.values()]
     return heat_map(
         rows,
         row_labels=_short(list(loads)),
