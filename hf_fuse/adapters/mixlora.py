@@ -155,16 +155,10 @@ class MixLoraModel(RoutedLoraModel):
             )
 
     def _linear_names(self, config: MixLoraConfig, model: nn.Module, modules: dict[str, nn.Module]) -> set[str]:
-        names = super()._linear_names(config, model, modules)
         # An earlier adapter's feed-forward layers hide their projections.
-        return {
-            full
-            for name in names
-            for full in (
-                [f"{name}.{part}" for part in self.families[name].projections.values()]
-                if name in self.families
-                else [name]
-            )
+        hidden = {key: family for key, family in self.families.items() if isinstance(modules[key], RoutedLayer)}
+        return super()._linear_names(config, model, modules) | {
+            f"{key}.{name}" for key, family in hidden.items() for name in family.projections.values()
         }
 
     def _check_target_module_exists(self, peft_config: MixLoraConfig, key: str):

@@ -121,16 +121,22 @@ class RoutedLoraConfig(PeftConfig):
     def __post_init__(self):
         super().__post_init__()
         self.peft_type = PeftType[self.method.upper()]
-        self.target_modules = set(self.target_modules) if isinstance(self.target_modules, list) else self.target_modules
+        if isinstance(self.target_modules, dict):  # MoE-PEFT: name -> whether it is adapted
+            self.target_modules = [name for name, adapted in self.target_modules.items() if adapted]
+        if isinstance(self.target_modules, list):
+            self.target_modules = set(self.target_modules)
         if isinstance(self.exclude_modules, list):
             self.exclude_modules = set(self.exclude_modules)
         self._check()
 
     def _check(self) -> None:
         experts = self.num_experts if isinstance(self.num_experts, list) else [self.num_experts]
-        self._expect("num_experts", bool(experts) and min(experts) >= 1, "an integer >= 1, or a list of them")
-        self._expect("num_experts_pattern", all(n >= 1 for n in self.num_experts_pattern.values()), "numbers >= 1")
-        self._expect("r", self.r >= 1, "an integer >= 1")
+        self._expect(
+            "num_experts", bool(experts) and all(map(_is_count, experts)), "an integer >= 1, or a list of them"
+        )
+        self._expect("num_experts_pattern", all(map(_is_count, self.num_experts_pattern.values())), "integers >= 1")
+        self._expect("rank_pattern", all(map(_is_count, self.rank_pattern.values())), "integers >= 1")
+        self._expect("r", _is_count(self.r), "an integer >= 1")
         self._expect("lora_dropout", 0 <= self.lora_dropout < 1, "a number in [0, 1)")
         self._expect("lora_init", self.lora_init in ("original", "gaussian"), "'original' or 'gaussian'")
         self._expect("router_init_range", self.router_init_range >= 0, "a number >= 0")
@@ -153,9 +159,8 @@ class RoutedLoraConfig(PeftConfig):
                 self._check_choices(name, min([*experts, *self.num_experts_pattern.values()]))
 
     def _check_choices(self, name: str, fewest: int) -> None:
-        self._expect(
-            name, 1 <= getattr(self, name) <= fewest, f"1 to {fewest}, the (smallest) number of experts of a router"
-        )
+        fits = _is_count(getattr(self, name)) and getattr(self, name) <= fewest
+        self._expect(name, fits, f"1 to {fewest}, the (smallest) number of experts of a router")
 
     def _expect(self, name: str, fulfilled: bool, expected: str) -> None:
         if not fulfilled:
@@ -226,6 +231,10 @@ class RoutedLoraConfig(PeftConfig):
         self, logits: tuple[Tensor, ...], weights: tuple[Tensor, ...], attention_mask: Tensor | None
     ) -> Tensor:
         return load_balance(logits, attention_mask, weights, reduction=self.aux_reduction)
+
+
+def _is_count(value: Any) -> bool:
+    return isinstance(value, int) and value >= 1
 
 
 def layer_index(key: str) -> int | None:

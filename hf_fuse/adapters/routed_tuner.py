@@ -8,7 +8,7 @@ from typing import Any
 from peft.tuners.tuners_utils import BaseTuner, _maybe_include_all_linear_layers, check_target_module_exists
 from torch import Tensor, nn
 
-from hf_fuse.adapters.experts import Experts, LinearExperts
+from hf_fuse.adapters.experts import Experts, LinearExperts, innermost
 from hf_fuse.adapters.ffn_families import is_feed_forward_projection
 from hf_fuse.adapters.reference_weights import from_reference
 from hf_fuse.adapters.routed_config import RoutedLoraConfig, layer_index
@@ -45,7 +45,7 @@ class RoutedLoraModel(BaseTuner):
         only_feed_forward = config.target_modules == "feed-forward"
         config.target_modules = "all-linear"
         names = set(_maybe_include_all_linear_layers(config, model).target_modules)
-        names |= {key for key, module in modules.items() if isinstance(module, RoutedLayer)}
+        names |= {key for key, m in modules.items() if isinstance(m, RoutedLayer) and not [*innermost(m).children()]}
         if not only_feed_forward:
             return names
         return {name for name in names if in_feed_forward(name, modules)}

@@ -450,7 +450,10 @@ def test_split_feed_forward_layers_get_a_router_per_projection():
         ({"top_k": 9}, r"top_k is 9, expected 1 to 4"),
         ({"top_k": 0}, r"top_k is 0"),
         ({"num_experts_pattern": {"layers.0.mlp": 1}}, r"top_k is 2, expected 1 to 1"),
+        ({"top_k": 1.5}, r"top_k is 1.5"),
         ({"num_experts": 0}, r"num_experts is 0"),
+        ({"num_experts": "8"}, r"num_experts is '8', expected an integer >= 1, or a list of them"),
+        ({"rank_pattern": {"q_proj": 0}}, r"rank_pattern"),
         ({"routing_strategy": "mixlroa"}, r"routing_strategy: there is no 'mixlroa'. Did you mean 'mixlora'"),
         ({"r": 0}, r"r is 0"),
         ({"lora_dropout": 1.5}, r"lora_dropout is 1.5"),
@@ -466,6 +469,10 @@ def test_split_feed_forward_layers_get_a_router_per_projection():
 def test_wrong_settings(settings, message):
     with pytest.raises(ValueError, match=message):
         config(**settings)
+
+
+def test_targets_as_moe_peft_writes_them():
+    assert config(target_modules={"q_proj": True, "o_proj": False}).target_modules == {"q_proj"}
 
 
 def test_wrong_targets():
