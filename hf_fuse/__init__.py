@@ -21,6 +21,8 @@ _PUBLIC = {
     "load_recipe": "hf_fuse.recipe",
     "inspect_models": "hf_fuse.diagnostics.task_vectors",
     "evaluate_models": "hf_fuse.evaluation",
+    "compress": "hf_fuse.compress",
+    "load_compressed": "hf_fuse.compress.loading",
     "push": "hf_fuse.hub",
     "FuseTrainer": "hf_fuse.trainer",
     "FuseConfig": "hf_fuse.trainer_config",
@@ -43,7 +45,7 @@ register_with_peft()
 def __getattr__(name: str):
     if name in _PUBLIC:
         module = import_module(_PUBLIC[name])
-        return module if name == "merge" else getattr(module, name)
+        return module if module.__name__ == f"hf_fuse.{name}" else getattr(module, name)
     raise AttributeError(f"module 'hf_fuse' has no attribute {name!r}")
 
 

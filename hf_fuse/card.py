@@ -36,6 +36,12 @@ TASKS: dict[str, tuple[str | None, str | None]] = {
     "ForImageClassification": ("AutoModelForImageClassification", "image-classification"),
     "MTModel": ("AutoModelForSeq2SeqLM", "translation"),
 }
+# Command that repeats what was made -> (name for its output, what to call it).
+COMMANDS = {
+    "merge": ("merged", "merge"),
+    "train": ("trained", "training"),
+    "compress": ("compressed", "compression"),
+}
 SEQ2SEQ = re.compile(
     r"(MT5|UMT5|LongT5|T5|MBart|Bart|BigBirdPegasus|PegasusX?|LED|Blenderbot(Small)?|M2M100|ProphetNet|NllbMoe|"
     r"SwitchTransformers|PLBart|T5Gemma)ForConditionalGeneration"
@@ -71,8 +77,9 @@ def merge_card(info: dict) -> str:
             ``figures``: ``{caption: image file in the folder, or number}``. Optional: ``repo_id`` (where it will be
             pushed) and ``has_tokenizer`` (default True), both for the usage snippet. Of a LoRA adapter also
             ``adapter``: ``{"base": id of its base or None, "task_type": PEFT's name or None}``, and ``made``: how, in
-            a sentence, where that was no merge (then ``recipe_yaml`` may be None). Of something trained ``command``:
-            ``"train"``, ``datasets`` (Hub ids), and ``adapter["ours"]``: whether PEFT knows it through hf_fuse only.
+            a sentence, where that was no merge (then ``recipe_yaml`` may be None). Of something else than a merge
+            ``command`` (``"train"`` or ``"compress"``); of something trained ``datasets`` (Hub ids), and
+            ``adapter["ours"]``: whether PEFT knows it through hf_fuse only.
 
     Returns:
         The whole text. Parents that are local folders are shown by their name only.
@@ -96,12 +103,13 @@ def merge_card(info: dict) -> str:
             raise FuseError(f"model card: {repo_id!r} given as repo_id of a parent is not a Hub id (org/name).")
     if hub_parents:
         metadata["base_model"] = hub_parents
-    trained = info.get("command") == "train"
-    metadata["base_model_relation"] = "adapter" if adapter else "finetune" if trained else "merge"
+    command = info.get("command", "merge")
+    merged = command == "merge"
+    metadata["base_model_relation"] = "adapter" if adapter else "merge" if merged else "finetune"
     metadata["library_name"] = "peft" if adapter else "transformers"
     if pipeline_tag:
         metadata["pipeline_tag"] = pipeline_tag
-    kind = [] if trained else ["lora" if adapter else "merge"]
+    kind = ["lora" if adapter else "merge"] if merged else []
     metadata["tags"] = list(dict.fromkeys([*kind, "hf_fuse", info["method"]]))
     if info.get("datasets"):
         metadata["datasets"] = info["datasets"]
@@ -127,7 +135,7 @@ def merge_card(info: dict) -> str:
     if figures := info.get("figures"):
         blocks += ["## Figures", _figures(figures)]
     if info.get("recipe_yaml"):
-        command, done, this = ("train", "trained", "training") if trained else ("merge", "merged", "merge")
+        done, this = COMMANDS[command]
         repeats = f"`hf-fuse {command} fuse_recipe.yaml --output {done}` repeats this {this}."
         blocks += ["## Recipe", f"{repeats}\n\n{_fenced(info['recipe_yaml'])}"]
     if versions := info.get("versions"):

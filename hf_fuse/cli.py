@@ -258,6 +258,34 @@ def train(
             print(f"pushed: {made.address}")
 
 
+@app.command(context_settings=EXTRA)
+def compress(
+    context: typer.Context,
+    recipe: Annotated[Path, typer.Argument(help="A recipe for compression in YAML.", show_default=False)],
+    output: Output = None,
+    overwrite: Overwrite = False,
+    push: Annotated[str | None, typer.Option(help="Push the result to this Hub id.", show_default=False)] = None,
+    private: Annotated[bool | None, typer.Option("--private/--public", help="Of a new repository.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Make one model smaller as a recipe says, with figures from before and after.
+
+    Any recipe key can be set: --parameters.drop 4
+    """
+    from hf_fuse.compress.engine import compress as run
+    from hf_fuse.compress.recipe import CompressRecipe
+
+    overrides = _overrides(context.args, CompressRecipe.model_fields)
+    made = run(recipe, output, overrides=overrides, overwrite=overwrite, push=push, private=private)
+    if as_json:
+        print(json.dumps(made.to_dict(), indent=2))
+    else:
+        print(f"compressed: {made.output}\n{made.summary}")
+        made.print(_console())
+        if made.address:
+            print(f"pushed: {made.address}")
+
+
 @app.command("list")
 def list_methods(
     name: Annotated[str | None, typer.Argument(help="A method: its parameters and a recipe to paste.")] = None,

@@ -19,6 +19,11 @@ if TYPE_CHECKING:
 # Kind of evaluation -> transformers' loader, its table of architectures, and what to call it.
 _KINDS = {
     "causal": ("AutoModelForCausalLM", "MODEL_FOR_CAUSAL_LM_MAPPING_NAMES", "causal language model"),
+    "seq2seq": (
+        "AutoModelForSeq2SeqLM",
+        "MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES",
+        "sequence-to-sequence model",
+    ),
     "text": (
         "AutoModelForSequenceClassification",
         "MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES",

@@ -21,7 +21,12 @@ from typing import Annotated, Any, Literal
 
 from hf_fuse.errors import RecipeError
 
-KINDS = {"merge": "hf_fuse.merge.methods", "post": "hf_fuse.merge.post", "losses": "hf_fuse.losses"}
+KINDS = {
+    "merge": "hf_fuse.merge.methods",
+    "post": "hf_fuse.merge.post",
+    "losses": "hf_fuse.losses",
+    "compress": "hf_fuse.compress.methods",
+}
 LARGEST = 3.4028234663852886e38  # float32's
 # Filled in by the engine, not by the user.
 SUPPLIED = ("state", "random", "base", "place")

@@ -1,0 +1,38 @@
+"""Loads what ``hf-fuse compress`` made, without the parts that it does not need."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from hf_fuse.compress.grouped_experts import share_experts
+from hf_fuse.compress.sublayers import skip_dropped
+
+
+def lighten(model: nn.Module) -> nn.Module:
+    """Takes out, in place, what the model's config says is not needed: less memory and work, the same output.
+
+    The result is for running: save the folder that it came from, not this.
+    """
+    skip_dropped(model)
+    share_experts(model)
+    return model
+
+
+def load_compressed(folder: str | Path, **options: Any) -> nn.Module:
+    """Loads the output of ``hf-fuse compress`` without the parts that it does not need.
+
+    ``from_pretrained`` loads the same folder to the same logits, but runs dropped sub-layers, and has merged experts
+    once for each of their old numbers.
+
+    Args:
+        folder: a folder or Hub id.
+        options: for ``from_pretrained``.
+    """
+    import transformers
+
+    config = transformers.AutoConfig.from_pretrained(folder)
+    kind = "AutoModelForSeq2SeqLM" if config.is_encoder_decoder else "AutoModelForCausalLM"
+    return lighten(getattr(transformers, kind).from_pretrained(folder, **options))
