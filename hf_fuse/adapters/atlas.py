@@ -50,15 +50,23 @@ class AtlasConfig(PeftConfig):
     The paper trains with AdamW, learning rate 0.1 and weight decay 0.1, which pulls towards the base.
     """
 
-    task_vectors: list[str] = field(default_factory=list)
-    init_coefficient: float = field(default=0.0)
-    target_modules: list[str] | str | None = field(default=None)
-    exclude_modules: list[str] | str | None = field(default=None)
-    modules_to_save: list[str] | None = field(default=None)
-    layers_to_transform: list[int] | int | None = field(default=None)
-    layers_pattern: list[str] | str | None = field(default=None)
-    revisions: list[str | None] | None = field(default=None)
-    sha256: list[str] | None = field(default=None)
+    task_vectors: list[str] = field(default_factory=list, metadata={"help": "Folders or Hub ids of LoRA adapters."})
+    init_coefficient: float = field(default=0.0, metadata={"help": "Start of every coefficient."})
+    target_modules: list[str] | str | None = field(
+        default=None, metadata={"help": "Names of the modules to adapt; by default all that the LoRAs adapt."}
+    )
+    exclude_modules: list[str] | str | None = field(default=None, metadata={"help": "Modules left as they are."})
+    modules_to_save: list[str] | None = field(
+        default=None, metadata={"help": "Further modules that are trained and saved, such as a new head."}
+    )
+    layers_to_transform: list[int] | int | None = field(
+        default=None, metadata={"help": "Indices of the only layers to adapt."}
+    )
+    layers_pattern: list[str] | str | None = field(
+        default=None, metadata={"help": "Name of the list of layers, if layers_to_transform does not find it."}
+    )
+    revisions: list[str | None] | None = field(default=None, metadata={"help": "Of the LoRAs on the Hub; filled in."})
+    sha256: list[str] | None = field(default=None, metadata={"help": "Of the LoRAs' weights; filled in."})
 
     target_parameters = None
     bias = "none"
@@ -66,6 +74,10 @@ class AtlasConfig(PeftConfig):
     def __post_init__(self):
         super().__post_init__()
         self.peft_type = PeftType["ATLAS"]
+        if not isinstance(self.task_vectors, (list, tuple)):
+            raise ValueError(f"task_vectors is {self.task_vectors!r}, expected a list of folders or Hub ids.")
+        if not isinstance(self.init_coefficient, (int, float)) or not math.isfinite(self.init_coefficient):
+            raise ValueError(f"init_coefficient is {self.init_coefficient!r}, expected a finite number.")
         self.task_vectors = [str(vector) for vector in self.task_vectors]
         if len({*self.task_vectors}) < len(self.task_vectors):
             raise ValueError(f"task_vectors: one is listed twice in {self.task_vectors}.")

@@ -40,16 +40,25 @@ class NolaConfig(PeftConfig):
     The reference trains with learning rate 5e-3 (GPT-2) and 1e-3 (LLaMA-2).
     """
 
-    num_basis: int = field(default=512)
-    r: int = field(default=8)
-    lora_alpha: float = field(default=8)
-    lora_dropout: float = field(default=0.0)
-    seed: int = field(default=0)
-    target_modules: list[str] | str | None = field(default=None)
-    exclude_modules: list[str] | str | None = field(default=None)
-    modules_to_save: list[str] | None = field(default=None)
-    layers_to_transform: list[int] | int | None = field(default=None)
-    layers_pattern: list[str] | str | None = field(default=None)
+    num_basis: int = field(default=512, metadata={"help": "Random matrices per factor."})
+    r: int = field(default=8, metadata={"help": "Rank of the change."})
+    lora_alpha: float = field(default=8, metadata={"help": "The change is scaled by lora_alpha / r."})
+    lora_dropout: float = field(default=0.0, metadata={"help": "Dropout of the change's input."})
+    seed: int = field(default=0, metadata={"help": "Of the random matrices."})
+    target_modules: list[str] | str | None = field(
+        default=None,
+        metadata={"help": "Names of the Linear modules to adapt, a regular expression of them, or 'all-linear'."},
+    )
+    exclude_modules: list[str] | str | None = field(default=None, metadata={"help": "Modules left as they are."})
+    modules_to_save: list[str] | None = field(
+        default=None, metadata={"help": "Further modules that are trained and saved, such as a new head."}
+    )
+    layers_to_transform: list[int] | int | None = field(
+        default=None, metadata={"help": "Indices of the only layers to adapt."}
+    )
+    layers_pattern: list[str] | str | None = field(
+        default=None, metadata={"help": "Name of the list of layers, if layers_to_transform does not find it."}
+    )
 
     target_parameters = None
     bias = "none"

@@ -271,6 +271,10 @@ def test_wrong_vectors(vectors, tmp_path):
     ):
         with pytest.raises(FuseError, match=message):
             atlas(paths)
+    with pytest.raises(ValueError, match="task_vectors is 'one', expected a list"):
+        AtlasConfig(task_vectors="one")
+    with pytest.raises(ValueError, match="init_coefficient is 'zero', expected a finite number"):
+        AtlasConfig(init_coefficient="zero")
     with pytest.raises(ValueError, match="listed twice"):
         AtlasConfig(task_vectors=[vectors[0], vectors[0]])
     with pytest.raises(FuseError, match="on base BertForSequenceClassification: the base has no weights"):
