@@ -115,11 +115,10 @@ class MixLoraConfig(RoutedLoraConfig):
         return options
 
     def lora_settings(self, key: str, *, expert: bool = True) -> LoraSettings:
-        own = (self.expert_lora or {}) if expert else {}
-        r, alpha, dropout, dora, rslora = (
-            own.get(name, getattr(self, name)) for name in ("r", "lora_alpha", "lora_dropout", "use_dora", "use_rslora")
-        )
-        return self._settings(key, r, alpha, dropout, rslora, dora)
+        settings = {name: getattr(self, name) for name in _EXPERT_LORA}
+        if expert and self.expert_lora:
+            settings |= {name: value for name, value in self.expert_lora.items() if name in settings}
+        return self._settings(key, **settings)
 
 
 class MixLoraLayer(RoutedLayer):

@@ -196,10 +196,12 @@ class RoutedLoraConfig(PeftConfig):
         """Of the module of that name, as an expert or (MixLoRA's attention) as plain LoRA."""
         return self._settings(key, self.r, self.lora_alpha, self.lora_dropout, self.use_rslora)
 
-    def _settings(self, key: str, r: int, alpha: float, dropout: float, rslora: bool, dora=False) -> LoraSettings:
+    def _settings(
+        self, key: str, r: int, lora_alpha: float, lora_dropout: float, use_rslora: bool, use_dora: bool = False
+    ) -> LoraSettings:
         r = self.rank_pattern.get(get_pattern_key(self.rank_pattern, key), r)
-        alpha = self.alpha_pattern.get(get_pattern_key(self.alpha_pattern, key), alpha)
-        return LoraSettings(r, alpha / (math.sqrt(r) if rslora else r), dropout, self.lora_init, dora)
+        alpha = self.alpha_pattern.get(get_pattern_key(self.alpha_pattern, key), lora_alpha)
+        return LoraSettings(r, alpha / (math.sqrt(r) if use_rslora else r), lora_dropout, self.lora_init, use_dora)
 
     def auxiliary_loss(
         self,

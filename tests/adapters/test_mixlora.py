@@ -520,3 +520,12 @@ def test_compiles_into_one_graph():
     torch.testing.assert_close(compiled.loss, eager.loss)
     torch.testing.assert_close(compiled.aux_loss, eager.aux_loss)
     assert router_statistics(model).keys() == {"model.layers.0.mlp"}
+
+
+def test_through_the_hub(tmp_path, hub, repo_id, hub_cache):
+    llama().save_pretrained(tmp_path / "base")
+    base = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+    model = adapted(base)
+    model.push_to_hub(repo_id)
+    assert torch.equal(logits(PeftModel.from_pretrained(llama(), repo_id)), logits(model))
+    assert torch.equal(logits(transformers.AutoModelForCausalLM.from_pretrained(repo_id)), logits(model))
