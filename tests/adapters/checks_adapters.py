@@ -32,6 +32,7 @@ from safetensors.torch import load_file
 from tiny_adapters import llama, train
 
 import hf_fuse
+from hf_fuse.adapters.routed_layer import routed_layers
 from hf_fuse.errors import FuseError
 
 EVERYWHERE = ["q_proj", "v_proj", "gate_proj", "up_proj", "down_proj"]
@@ -115,6 +116,19 @@ def move(model, seed: int = 0, adapter: str = "default"):
 
 def trained(adapter: Adapter, **more):
     return move(get_peft_model(llama(), adapter.config(task_type="CAUSAL_LM", **more)))
+
+
+def take_factors(mixed, plain) -> None:
+    """Gives a MixLoRA of one expert the factors of PEFT's LoRA on the same modules."""
+    loras = dict(plain.get_base_model().named_modules())
+    with torch.no_grad():
+        for layer in routed_layers(mixed):
+            experts = layer.experts["default"]
+            for name in getattr(experts, "targets", {"": ""}).values():
+                lora = loras[f"{layer.key}.{name}".rstrip(".")]
+                suffix = f"_{name}" if name else ""
+                getattr(experts, f"A{suffix}").copy_(lora.lora_A["default"].weight)
+                getattr(experts, f"B{suffix}").copy_(lora.lora_B["default"].weight)
 
 
 def check_fresh_adapter_is_the_base(adapter: Adapter, tmp_path: Path):

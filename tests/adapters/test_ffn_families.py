@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 import warnings
 
 import pytest
 import torch
 import transformers as t
-from checks_adapters import move
-from peft import get_peft_model
+from checks_adapters import move, take_factors
+from peft import LoraConfig, get_peft_model
 
 from hf_fuse import MixLoraConfig
 from hf_fuse.adapters.experts import FeedForwardExperts, LinearExperts
@@ -80,6 +81,24 @@ def test_family(name):
     assert any("router of its own" in str(warning.message) for warning in told) == (name in APART)
     assert not torch.allclose(output(move(adapted)), base, atol=1e-3)
     assert torch.equal(output(adapted.unload()), base)
+
+
+@pytest.mark.filterwarnings("ignore:fan_in_fan_out")
+@pytest.mark.parametrize("name", WHOLE)
+def test_one_expert_is_lora(name):
+    torch.manual_seed(0)
+    model = WHOLE[name]()
+    mixed = get_peft_model(copy.deepcopy(model), MixLoraConfig(r=2, lora_alpha=3, num_experts=1, top_k=1))
+    targets = [
+        f"{layer.key}.{part}".rstrip(".")
+        for layer in routed_layers(mixed)
+        for part in getattr(layer.experts["default"], "targets", {"": ""}).values()
+    ]
+    base = output(model)
+    plain = move(get_peft_model(model, LoraConfig(r=2, lora_alpha=3, target_modules=targets)))
+    take_factors(mixed, plain)
+    torch.testing.assert_close(output(mixed), output(plain), rtol=1e-4, atol=1e-5)
+    assert not torch.allclose(output(mixed), base, atol=1e-3)
 
 
 def test_dropout_of_the_layer_stays():

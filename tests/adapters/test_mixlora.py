@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 import transformers
-from checks_adapters import batch, logits, move
+from checks_adapters import batch, logits, move, take_factors
 from peft import LoraConfig, PeftModel, get_peft_model
 from tiny_adapters import llama
 
@@ -56,16 +56,7 @@ def top_two(layer, x_Td: torch.Tensor) -> torch.Tensor:
 def test_one_expert_is_lora():
     plain = move(get_peft_model(llama(), LoraConfig(r=4, lora_alpha=8, target_modules=ALL)))
     mixed = get_peft_model(llama(), config(num_experts=1, top_k=1))
-    loras = dict(plain.base_model.model.named_modules())
-    with torch.no_grad():
-        for layer in routed_layers(mixed):
-            experts = layer.experts["default"]
-            targets = experts.targets.values() if isinstance(experts, FeedForwardExperts) else [""]
-            for name in targets:
-                lora = loras[f"{layer.key}.{name}".rstrip(".")]
-                suffix = f"_{name}" if name else ""
-                getattr(experts, f"A{suffix}").copy_(lora.lora_A["default"].weight)
-                getattr(experts, f"B{suffix}").copy_(lora.lora_B["default"].weight)
+    take_factors(mixed, plain)
     assert torch.equal(logits(mixed), logits(plain))
 
 
