@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from peft import LoraConfig
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from tqdm import tqdm
 from transformers.pytorch_utils import Conv1D
@@ -61,10 +62,10 @@ def sensitivity(
         progress: show a progress bar on a terminal.
 
     Raises:
-        FuseError: nothing to score, no batches, or a loss that is missing or not finite.
+        FuseError: nothing to score, adapters on the model, no batches, or a loss that is missing or not finite.
     """
     scored = dict(_scored(model, exclude))
-    if not scored:
+    if not scored or any(isinstance(module, BaseTunerLayer) for module in model.modules()):
         raise FuseError(
             f"{type(model).__name__}: no weights to score. Expected Linear layers that require gradients: pass the "
             "bare model, unquantised, with requires_grad_(True), and check exclude."

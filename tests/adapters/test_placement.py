@@ -6,7 +6,7 @@ import pytest
 import torch
 import transformers
 from checks_adapters import batch, logits
-from peft import PeftModel, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model
 from tiny_adapters import bert, gpt2, llama, vit
 
 from hf_fuse import FuseError
@@ -110,9 +110,9 @@ def test_frozen_and_excluded_weights_are_never_chosen():
     plan = plan_placement(found, 10**9, ranks=(1, 2), progress=False)
     chosen = [*plan.ranks, *plan.masks, *plan.vectors]
     assert chosen and not any("layers.0." in name or "mlp" in name for name in chosen)
-    model.requires_grad_(False)
-    with pytest.raises(FuseError, match="requires_grad_"):
-        sensitivity(model, batches(), progress=False)
+    for unfit in (model.requires_grad_(False), get_peft_model(llama(), LoraConfig(target_modules=["q_proj"]))):
+        with pytest.raises(FuseError, match="pass the bare model.* requires_grad_"):
+            sensitivity(unfit, batches(), progress=False)
 
 
 def test_plan_by_hand():
