@@ -16,7 +16,7 @@ from hf_fuse.checkpoint.reader import read_json
 from hf_fuse.checkpoint.tokenizer import copy_files, tokenizer_files
 from hf_fuse.checkpoint.writer import check_output, exclusive_output
 from hf_fuse.compress.edit import Edit, write_weights
-from hf_fuse.compress.loading import lighten
+from hf_fuse.compress.loading import lighten, renumbered
 from hf_fuse.compress.measure import TITLES, measure, print_table
 from hf_fuse.compress.recipe import CompressRecipe, load_compress_recipe
 from hf_fuse.compress.subject import Subject, open_subject
@@ -146,6 +146,8 @@ def _write_companions(subject: Subject, edit: Edit, folder: Path) -> None:
     checkpoint = subject.checkpoint
     layers = None if edit.layers is None else [(checkpoint.config, index) for index in edit.layers]
     config = output_config(checkpoint.config, out_dtype=None, layers=layers, vocab_size=None, special_ids={}, tied=None)
+    if edit.layers is not None:
+        config |= renumbered(config, edit.layers)
     write_json(folder / "config.json", config | edit.config)
     generation = checkpoint.folder / "generation_config.json"
     if generation.exists():
@@ -161,7 +163,7 @@ def _draw(edit: Edit, folder: Path) -> None:
         import matplotlib  # noqa: F401
     except ImportError:
         return
-    edit.chart(folder / CHART)
+    edit.chart(path=folder / CHART)
 
 
 def _write_record(recipe: CompressRecipe, subject: Subject, result: Compressed, folder: Path) -> None:

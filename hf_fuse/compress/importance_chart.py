@@ -44,6 +44,7 @@ def importance_chart(
         if len(positive) == len(values) and max(values) > 30 * min(values):
             axes.set_yscale("log")
             axes.set_ylim(min(values) / 2, max(values) * 1.5)
+            axes.minorticks_off()
         axes.set_title(kind, fontsize=10, fontweight="bold", color=INK)
         axes.set_ylabel(ylabel, fontsize=8, color=INK)
         axes.grid(axis="y", color=FAINT, linewidth=0.6, zorder=0)

@@ -7,8 +7,22 @@ from typing import Any
 
 from torch import nn
 
-from hf_fuse.compress.grouped_experts import share_experts
-from hf_fuse.compress.sublayers import skip_dropped
+from hf_fuse.compress.grouped_experts import GROUPS_KEY, share_experts
+from hf_fuse.compress.sublayers import DROP_KEYS, skip_dropped
+
+
+def renumbered(config: dict[str, Any], layers: list[int]) -> dict[str, Any]:
+    """What an earlier compression noted in ``config.json``, for a model that keeps only ``layers``."""
+    found: dict[str, Any] = {
+        key: [layers.index(old) for old in config[key] if old in layers] for key in DROP_KEYS.values() if key in config
+    }
+    if GROUPS_KEY in config:
+        found[GROUPS_KEY] = {}
+        for key, became in config[GROUPS_KEY].items():
+            stack, _, old = key.rpartition(".")
+            if int(old) in layers:
+                found[GROUPS_KEY][f"{stack}.{layers.index(int(old))}"] = became
+    return found
 
 
 def lighten(model: nn.Module) -> nn.Module:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import statistics
 import time
 from collections.abc import Mapping
 from typing import Any
@@ -12,7 +11,7 @@ import torch
 from hf_fuse.compress.subject import PROBE_TOKENS, Subject
 from hf_fuse.perplexity import context_length, perplexity
 
-REPEATS = 7
+REPEATS, SECONDS = 5, 0.3  # of each, at least
 TITLES = {
     "parameters": "parameters",
     "bytes": "bytes on disk",
@@ -32,16 +31,16 @@ def measure(subject: Subject, model: Any, stored_bytes: int) -> dict[str, float]
 
 @torch.no_grad()
 def speed(subject: Subject, model: Any) -> float:
-    """Tokens per second of a forward pass over one sequence: the median of some repetitions, after one to warm up."""
+    """Tokens per second of a forward pass over one sequence: the fastest of many, the one that nobody disturbed."""
     length = min(4 * PROBE_TOKENS, context_length(model.config) or 4 * PROBE_TOKENS)
     rows = model.get_input_embeddings().weight.shape[0]
     ids_1T = torch.randint(rows, (1, length), generator=torch.Generator().manual_seed(0))
     times = []
-    for _ in range(REPEATS + 1):
+    while len(times) < REPEATS or sum(times) < SECONDS:
         start = time.perf_counter()
         subject.run(model, ids_1T).logits.sum().item()  # .item() waits for a GPU
         times.append(time.perf_counter() - start)
-    return length / statistics.median(times[1:])
+    return length / min(times)
 
 
 def print_table(before: Mapping[str, float], after: Mapping[str, float], console: Any) -> None:

@@ -105,9 +105,6 @@ def llm_drop(
     if target == "block":
         if drop:
             edit.layers = [index for index in range(height) if index not in by_kind["block"]]
-            for kind, indices in gone.items():
-                if indices:
-                    edit.config[DROP_KEYS[kind]] = [edit.layers.index(old) for old in indices if old in edit.layers]
         return edit
     for kind, indices in by_kind.items():
         if indices:
