@@ -151,7 +151,8 @@ def tsallis(
     probabilities_TE = logits_TE.softmax(-1)
     kept_TE = _nucleus(probabilities_TE, top_p, with_crossing=False, at_least=keep_top_k)
     entropy_T = normalized_entropy(logits_TE.detach().log_softmax(-1), entropy_index, entropy_type)
-    kept_TE = kept_TE | (entropy_T > entropy_threshold).unsqueeze(-1)
+    # Rounding takes uniform tokens above 1, where the threshold may lie to keep this from happening.
+    kept_TE = kept_TE | (entropy_T.clamp(max=1) > entropy_threshold).unsqueeze(-1)
     return Routes(probabilities_TE * kept_TE, probabilities_TE, logits_TE)
 
 

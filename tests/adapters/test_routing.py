@@ -69,6 +69,15 @@ def test_tsallis_gives_undecided_tokens_all_experts():
     assert chosen.sum(1).tolist() == [4, 1]
 
 
+@pytest.mark.parametrize("experts", [2, 3, 5, 6, 7, 8, 12])
+def test_threshold_of_one_switches_soft_routing_off(experts):
+    """Even for uniform tokens, whose entropy may round to a little more than 1."""
+    for entropy_index in (0.5, 1.0, 1.1, 1.3, 2.0):
+        routes = route(torch.zeros(1, experts), "dynmole", keep_top_k=1, top_p=0, entropy_threshold=1.0,
+                       entropy_index=entropy_index)  # fmt: skip
+        assert (routes.weights_TE != 0).sum() == 1
+
+
 def test_tsallis_with_everything_kept_is_dense():
     logits = random_logits()
     routes = route(logits, "dynmole", top_p=1.0, entropy_threshold=1.0, keep_top_k=6)
