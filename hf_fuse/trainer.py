@@ -329,7 +329,7 @@ class FuseTrainer(Trainer):
 
 def _check_arguments(model: Any, args: Any) -> None:
     if not hasattr(Trainer, "loss_is_scaled_for_ga"):
-        raise FuseError("This transformers can't be told how a loss is scaled. Run: pip install -U transformers")
+        raise FuseError('FuseTrainer needs transformers 5.19 or later. Run: pip install -U "transformers>=5.19"')
     if not isinstance(args, FuseConfig):
         raise FuseError(f"args is a {type(args).__name__}, expected a FuseConfig: TrainingArguments with objectives.")
     if isinstance(model, str):

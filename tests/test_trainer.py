@@ -474,7 +474,7 @@ class _NoStep(transformers.TrainerCallback):
         pytest.fail("a step was made")
 
 
-def test_wrong_arguments_are_explained(tmp_path):
+def test_wrong_arguments_are_explained(tmp_path, monkeypatch):
     args = FuseConfig(output_dir=str(tmp_path), use_cpu=True, report_to="none")
     with pytest.raises(FuseError, match="args is a TrainingArguments, expected a FuseConfig"):
         FuseTrainer(llama(), transformers.TrainingArguments(output_dir=str(tmp_path)))
@@ -482,6 +482,9 @@ def test_wrong_arguments_are_explained(tmp_path):
         FuseTrainer("some/model", args)
     with pytest.raises(FuseError, match="has an adapter already"):
         FuseTrainer(get_peft_model(llama(), LORA), args, peft_config=LORA)
+    monkeypatch.delattr(transformers.Trainer, "loss_is_scaled_for_ga")
+    with pytest.raises(FuseError, match="transformers 5.19 or later"):
+        FuseTrainer(llama(), args)
 
 
 def test_attentions_are_given_where_attention_is_eager(tmp_path, third_party):

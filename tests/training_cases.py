@@ -111,10 +111,21 @@ CASES: dict[str, dict[str, Any]] = {
     },
 }
 
+# Losses that see a micro-batch as a whole: the same only where micro-batches are.
+BATCH_CASES: dict[str, dict[str, Any]] = {
+    "balance": {
+        "model": llama,
+        "peft_config": lambda: mixlora(router_aux_loss_coef=0.5),
+        "objectives": {"load_balance": {"weight": 0.3, "reduction": "per_layer"}},
+    },
+    "own_balance": {"model": lambda: mixtral(output_router_logits=True), "objectives": {}},
+}
+BATCH_CASES |= {f"{name}_smoothing": case | {"label_smoothing_factor": 0.1} for name, case in BATCH_CASES.items()}
+
 
 def make_trainer(case: str, output: Path, batch: int, accumulation: int, **changes: Any) -> FuseTrainer:
-    """Three steps of SGD on one of ``CASES``, in the given layout."""
-    settings = CASES[case] | changes
+    """Three steps of SGD on one of the cases, in the given layout."""
+    settings = (CASES | BATCH_CASES)[case] | changes
     model, objectives = settings.pop("model")(), settings.pop("objectives")
     peft_config = settings.pop("peft_config", lambda: None)()
     is_language = isinstance(model, transformers.GenerationMixin)
