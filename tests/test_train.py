@@ -172,6 +172,23 @@ def test_image_classes(home, tmp_path):
     assert AutoModelForImageClassification.from_pretrained(whole.output).config.id2label == {0: "0", 1: "1", 2: "2"}
 
 
+def test_the_example_recipe_and_its_twin_in_python_give_the_same_adapter(tmp_path, monkeypatch):
+    import importlib.util
+
+    recipes = Path(__file__).parents[1] / "recipes"
+    spec = importlib.util.spec_from_file_location("mixlora_finetune", recipes / "mixlora_finetune.py")
+    twin = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(twin)
+    monkeypatch.chdir(tmp_path)
+    twin.make_example(twin.EXAMPLE, base_steps=2, rows=40)
+    figures = twin.fine_tune(twin.EXAMPLE, Path("by-hand"))
+    result = train(recipes / "mixlora.yaml")
+    assert result.steps == 5 and result.figures["eval_loss"] == pytest.approx(figures["eval_loss"], abs=1e-6)
+    by_hand, by_recipe = adapter_of(Path("by-hand")), adapter_of(result.output)
+    assert by_hand.keys() == by_recipe.keys()
+    assert all(torch.equal(value, by_recipe[name]) for name, value in by_hand.items())
+
+
 # Interrupted, resumed, parallel
 
 
