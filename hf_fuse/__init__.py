@@ -24,6 +24,8 @@ _PUBLIC = {
     "compress": "hf_fuse.compress",
     "load_compressed": "hf_fuse.compress.loading",
     "push": "hf_fuse.hub",
+    "train": "hf_fuse.train",
+    "TrainingRecipe": "hf_fuse.training_recipe",
     "FuseTrainer": "hf_fuse.trainer",
     "FuseConfig": "hf_fuse.trainer_config",
     "MixLoraConfig": "hf_fuse.adapters.mixlora",

@@ -8,7 +8,7 @@ import os
 import signal
 import sys
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 
@@ -305,11 +305,14 @@ def list_methods(
 
 
 @app.command()
-def schema() -> None:
+def schema(
+    command: Annotated[Literal["merge", "train"], typer.Argument(help="What the recipe is for.")] = "merge",
+) -> None:
     """Print the JSON schema of a recipe."""
     from hf_fuse.recipe import Recipe
+    from hf_fuse.training_recipe import TrainingRecipe
 
-    print(json.dumps(Recipe.model_json_schema(), indent=2))
+    print(json.dumps((TrainingRecipe if command == "train" else Recipe).model_json_schema(), indent=2))
 
 
 @app.command()

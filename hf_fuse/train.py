@@ -1,4 +1,7 @@
-"""``hf-fuse train``: a recipe -> a trained adapter or model in a folder, by :class:`hf_fuse.trainer.FuseTrainer`."""
+"""``hf-fuse train``: a recipe -> a trained adapter or model in a folder, by :class:`hf_fuse.trainer.FuseTrainer`.
+
+The module is also the function: ``hf_fuse.train(recipe, output="out")`` runs :func:`train`.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +9,7 @@ import contextlib
 import json
 import math
 import sys
+import types
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -224,7 +228,8 @@ def _evaluation(trainer: Any, setup: Setup) -> dict[str, float]:
 
 def _check_finite(model: Any) -> None:
     for name, parameter in model.named_parameters():
-        if parameter.requires_grad and not parameter.isfinite().all():
+        values = parameter.to_local() if hasattr(parameter, "to_local") else parameter  # a shard of it, under FSDP
+        if parameter.requires_grad and not values.isfinite().all():
             raise FuseError(
                 f"{name}: is no longer finite after training, so nothing is saved. Lower train.learning_rate, or train "
                 "in a wider dtype. The old output, if any, is intact."
@@ -261,3 +266,13 @@ def _progress() -> Any:
             tqdm.write(f"step {state.global_step}/{state.max_steps}: {', '.join(shown)}", file=sys.stderr)
 
     return Progress()
+
+
+class _CallableModule(types.ModuleType):
+    """``hf_fuse.train`` names both the file and the verb, as ``hf_fuse.merge`` does."""
+
+    def __call__(self, *args: Any, **kwargs: Any) -> TrainingResult:
+        return train(*args, **kwargs)
+
+
+sys.modules[__name__].__class__ = _CallableModule

@@ -50,6 +50,9 @@ def test_schema_is_a_schema_of_recipes(capsys):
     schema = json.loads(capsys.readouterr().out)
     assert {"method", "models", "base_model", "slices", "tokenizer"} <= set(schema["properties"])
     assert schema["additionalProperties"] is False
+    run("schema", "train")
+    schema = json.loads(capsys.readouterr().out)
+    assert {"model", "adapter", "data", "train"} <= set(schema["properties"])
 
 
 def test_plan_as_json_with_overrides(tiny_family, tmp_path, capsys):

@@ -25,6 +25,7 @@ from transformers import (
     ViTForImageClassification,
 )
 
+import hf_fuse
 from hf_fuse import cli
 from hf_fuse.data.stdlib_text import stdlib_domains
 from hf_fuse.demo_training import ModelSize, byte_tokenizer, new_model
@@ -32,6 +33,7 @@ from hf_fuse.errors import CheckpointError, FuseError, OutputError, RecipeError
 from hf_fuse.hub import push
 from hf_fuse.train import train
 from hf_fuse.trainer import FuseTrainer
+from hf_fuse.training_launch import _failure
 
 LENGTH = 48
 
@@ -196,12 +198,12 @@ class Stop(Exception):
     pass
 
 
-def stopping_at(step: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def stopping_at(step: int, monkeypatch: pytest.MonkeyPatch, error: type[BaseException] = Stop) -> None:
     genuine = FuseTrainer.training_step
 
     def training_step(self, *args, **kwargs):
         if self.state.global_step == step:
-            raise Stop
+            raise error
         return genuine(self, *args, **kwargs)
 
     monkeypatch.setattr(FuseTrainer, "training_step", training_step)
@@ -244,6 +246,13 @@ def test_an_unfinished_run_is_neither_dropped_nor_taken_up_unasked(home, tmp_pat
     assert train(recipe, {"train.max_steps": 6}, output=output, resume=True).steps == 6
 
 
+def test_ctrl_c_says_what_is_kept(home, tmp_path, monkeypatch, capsys):
+    stopping_at(3, monkeypatch, KeyboardInterrupt)
+    with pytest.raises(KeyboardInterrupt):
+        hf_fuse.train(recipe_of(home, LORA), output=tmp_path / "out")
+    assert "out.partial/checkpoint-2 is kept; --resume goes on from it" in capsys.readouterr().err
+
+
 def test_a_failure_before_the_first_checkpoint_leaves_nothing(home, tmp_path, monkeypatch):
     stopping_at(1, monkeypatch)
     with pytest.raises(Stop):
@@ -255,6 +264,7 @@ KILLED = """
 import os, signal, sys
 from hf_fuse.train import train
 from hf_fuse.trainer import FuseTrainer
+from hf_fuse.training_launch import _failure
 genuine = FuseTrainer.training_step
 def training_step(self, *args, **kwargs):
     if self.state.global_step == 3:
@@ -299,6 +309,16 @@ def test_two_processes_train_as_one(home, tmp_path, capfd):
         assert torch.allclose(found[name], value, atol=1e-6), name
     results = json.loads((tmp_path / "two" / "train_results.json").read_text())
     assert results["train_loss"] == pytest.approx(one.figures["train_loss"], rel=1e-5)
+
+
+def test_a_killed_process_is_named_and_one_that_spoke_is_not_repeated():
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
+
+    def failure(exitcode: int) -> FuseError:
+        return _failure(ChildFailedError("train", {1: ProcessFailure(1, 123, exitcode, "")}))
+
+    assert "process 1 of the training was killed (SIGKILL)" in str(failure(-9))
+    assert failure(1).said_by_lead and not hasattr(failure(-9), "said_by_lead")
 
 
 def test_the_number_of_processes_is_checked(home, tmp_path, monkeypatch):
