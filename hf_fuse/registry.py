@@ -26,10 +26,11 @@ KINDS = {
     "post": "hf_fuse.merge.post",
     "losses": "hf_fuse.losses",
     "compress": "hf_fuse.compress.methods",
+    "distill": "hf_fuse.distill.methods",
 }
 LARGEST = 3.4028234663852886e38  # float32's
 # Filled in by the engine, not by the user.
-SUPPLIED = ("state", "random", "base", "place")
+SUPPLIED = ("state", "random", "base", "place", "statistics", "input_axis")
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,1 @@
+"""Distillation: teachers of any size, a student that learns from their predictions."""
