@@ -7,7 +7,6 @@ Axes: T tokens, d input, E experts, r rank, i in, o out.
 
 from __future__ import annotations
 
-from contextlib import suppress
 from functools import partial
 
 import torch
@@ -37,12 +36,11 @@ def sizes(linear: nn.Module) -> tuple[int, int]:
     Raises:
         TypeError: it is none.
     """
-    found = None, None
-    if not isinstance(innermost(linear), (nn.Embedding, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.MultiheadAttention)):
-        with suppress(AttributeError):
-            found = _get_in_out_features(innermost(linear))
+    module, found = innermost(linear), (None, None)
+    if not isinstance(module, (nn.Embedding, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.MultiheadAttention)):
+        found = _get_in_out_features(module)
     if None in found:
-        raise TypeError(f"{type(innermost(linear)).__name__} cannot have LoRA experts: only Linear and Conv1D can.")
+        raise TypeError(f"{type(module).__name__} cannot have LoRA experts: only Linear and Conv1D can.")
     return found
 
 
