@@ -27,8 +27,9 @@ class Edit:
 
     Attributes:
         layers: indices of the layers to keep, in order; None: all of them.
-        tensors: stored name (numbered as in the input) -> new values, or a function that makes them, of the old shape,
-            from stored ones when their turn comes. The stored dtype is kept.
+        tensors: stored name (numbered as in the input) -> new values, or a function that makes them from stored ones
+            when their turn comes. The stored dtype is kept.
+        shapes: of the values that such functions make, where they differ from the stored ones'.
         config: keys of ``config.json`` to set.
         expected: logits on the probe (:meth:`Subject.probe`), which the output has to reproduce; None: not checked.
         summary: what was done, in a sentence.
@@ -38,6 +39,7 @@ class Edit:
 
     layers: list[int] | None = None
     tensors: dict[str, Tensor | Callable[[Read], Tensor]] = field(default_factory=dict)
+    shapes: dict[str, tuple[int, ...]] = field(default_factory=dict)
     config: dict[str, Any] = field(default_factory=dict)
     expected: Tensor | None = None
     summary: str = ""
@@ -73,7 +75,7 @@ def write_weights(checkpoint: Checkpoint, edit: Edit, partial: PartialFolder, ma
     if unknown := sorted(set(edit.tensors) - set(checkpoint.tensors)):
         raise FuseError(f"{checkpoint.ref}: has no tensor {unknown[0]!r} to change.")
     names = output_names(checkpoint, edit.layers)
-    shapes = {old: _new_shape(checkpoint.tensors[old], edit.tensors.get(old)) for old in names}
+    shapes = {old: _new_shape(checkpoint.tensors[old], edit) for old in names}
     layout = lay_out(((new, checkpoint.tensors[old].dtype, shapes[old]) for old, new in names.items()), max_shard_bytes)
     partial.create(layout)
     pool = FilePool()
@@ -115,8 +117,9 @@ def output_names(checkpoint: Checkpoint, layers: list[int] | None) -> dict[str, 
     return found
 
 
-def _new_shape(info: TensorInfo, made: Tensor | Callable | None) -> tuple[int, ...]:
-    return tuple(made.shape) if isinstance(made, Tensor) else info.shape
+def _new_shape(info: TensorInfo, edit: Edit) -> tuple[int, ...]:
+    made = edit.tensors.get(info.name)
+    return tuple(made.shape) if isinstance(made, Tensor) else edit.shapes.get(info.name, info.shape)
 
 
 def _bytes_of(values: Tensor) -> Any:

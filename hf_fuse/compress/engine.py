@@ -180,13 +180,14 @@ def _write_record(recipe: CompressRecipe, subject: Subject, result: Compressed, 
         for when, values in (("before", result.before), ("after", result.after))
         if key in values
     }
+    paper = f" ([paper](https://arxiv.org/abs/{method.paper}))" if method.paper else ""
     images = {"importance per layer": CHART} if (folder / CHART).exists() else {}
     card = merge_card(
         {
             "title": result.output.name,
             "method": method.name,
             "summary": f"{checkpoint.repo_id or checkpoint.folder.name}, made smaller. {result.summary}",
-            "made": f"Compressed with hf_fuse, method `{method.name}` (arXiv {method.paper}).",
+            "made": f"Compressed with hf_fuse, method `{method.name}`{paper}.",
             "paper": method.paper,
             "command": "compress",
             "architecture": checkpoint.architecture,
