@@ -24,8 +24,6 @@ from hf_fuse.training_recipe import DataSource, TrainingRecipe
 from hf_fuse.training_setup import Setup
 
 HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
-HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
-HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 CHECKPOINT = re.compile(r"checkpoint-(\d+)")
 STATE = "trainer_state.json"  # the last file of a checkpoint: where it is, the checkpoint is complete
 RESULTS = "train_results.json"

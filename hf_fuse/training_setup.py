@@ -42,7 +42,7 @@ class Setup:
         adapter: config of the adapter to put on the model, or None.
         adapter_folder: of the adapter to go on with, or None.
         kind: key of ``KINDS``.
-        new_head: the base has no head for these classes.
+        new_head: the base has no head for these classes; it is trained with the adapter, or comes with an old one.
         trainable: (trainable parameters, all of them), or None where they can't be known without the weights.
     """
 
@@ -153,7 +153,7 @@ def prepare(recipe: TrainingRecipe, output_dir: Path) -> Setup:
     if recipe.adapter:
         setup.adapter = adapter_config(recipe.adapter, KINDS[kind][1])
     if rows.format == "classification":
-        setup.new_head = set_classes(setup.config, rows) and not adapter_folder
+        setup.new_head = set_classes(setup.config, rows)
     _encode(setup, rows)
     _try_adapter(setup)
     return setup

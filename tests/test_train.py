@@ -150,6 +150,10 @@ def test_text_classes(home, tmp_path):
         said = [int(model(**tokenizer(row["text"], return_tensors="pt")).logits.argmax()) for row in rows]
     right = [number == ["code", "words"].index(row["label"]) for number, row in zip(said, rows)]
     assert sum(right) / len(right) == pytest.approx(result.figures["eval_accuracy"])
+    recipe["model"], recipe["adapter"] = {"path": recipe["model"], "adapter": str(result.output)}, None
+    recipe["train"] |= {"max_steps": 1, "learning_rate": 0.0}
+    further = train(recipe, {"train.eval_strategy": "no"}, output=tmp_path / "further")
+    assert further.figures["eval_accuracy"] == result.figures["eval_accuracy"]  # its head came along
 
 
 def test_image_classes(home, tmp_path):
