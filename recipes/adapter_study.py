@@ -2,7 +2,7 @@
 """LoRA, MixLoRA, DynMoLE and MoLA with equally many trainable parameters, on several tasks at once.
 
     python recipes/adapter_study.py            # under a minute: one seed, hardly trained; shows that everything runs
-    python recipes/adapter_study.py --full     # the study: three seeds, about ten minutes on two cores
+    python recipes/adapter_study.py --full     # the study: three seeds, several minutes on two cores
 
 A small Llama learns docstrings of the standard library. Adapters on the frozen model then learn five kinds of text at
 once: docstrings, code, the language reference, docstrings in capitals, and the reference read backwards. Every method
