@@ -7,6 +7,7 @@ Axes: T tokens, d input, E experts, r rank, i in, o out.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 
 import torch
@@ -169,21 +170,19 @@ class FeedForwardExperts(Experts):
 
     def _routed(self, layer: nn.Module, x_Td: Tensor, routes: Routes) -> Tensor:
         family = self.family
-        down, hidden_dropout = getattr(layer, family.down), 0.0
-        if family.dropout == "before_down":  # T5, which keeps its projection down in fp32
-            down, hidden_dropout = partial(_in_dtype_of, down), layer.dropout.p if self.training else 0.0
+        before_down = family.dropout == "before_down"
         return routed_ffn(
             x_Td,
             routes,
             gate=getattr(layer, family.gate) if family.gate else None,
             up=getattr(layer, family.up),
-            down=down,
+            down=self._down(layer),
             activation=self._activation(layer),
             fused_gate_up=family.fused,
             factors={role: self._factors(name) for role, name in self.targets.items()},
             scaling=self.lora.scaling,
             dropout=self._dropout(),
-            hidden_dropout=hidden_dropout,
+            hidden_dropout=layer.dropout.p if before_down and self.training else 0.0,
         )
 
     def _with_dora(self, layer: nn.Module, x_Td: Tensor, routes: Routes) -> Tensor:
@@ -206,7 +205,7 @@ class FeedForwardExperts(Experts):
             return rescaled(base_out, delta, innermost(getattr(layer, name)), magnitude_o, norms[role][expert])
 
         activation = self._activation(layer)
-        down = getattr(layer, family.down)
+        down = self._down(layer)
         y_Td = None
         for expert in range(routes.weights_TE.shape[1]):
             rows = routes.weights_TE[:, expert].nonzero()[:, 0]
@@ -228,6 +227,11 @@ class FeedForwardExperts(Experts):
         if routes.passed_T is not None:
             y_Td = y_Td + routes.passed_T.unsqueeze(-1) * x_Td
         return y_Td.to(base["up"].dtype)
+
+    def _down(self, layer: nn.Module) -> Callable[[Tensor], Tensor]:
+        down = getattr(layer, self.family.down)
+        # T5 keeps its projection down in fp32.
+        return partial(_in_dtype_of, down) if self.family.dropout == "before_down" else down
 
     def _activation(self, layer: nn.Module) -> nn.Module:
         name = getattr(self.config, "act_fn", None)

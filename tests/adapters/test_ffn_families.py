@@ -131,3 +131,16 @@ def test_layer_that_computes_something_else():
 def test_families_do_not_overlap():
     names = [frozenset(family.projections.values()) for family in FAMILIES]
     assert not any(one <= other for one in names for other in names if one is not other)
+
+
+@pytest.mark.parametrize("use_dora", [False, True])
+def test_t5_in_half_precision_keeps_its_output_projection_in_full(use_dora):
+    torch.manual_seed(0)
+    model = WHOLE["t5"]().bfloat16()
+    for name, module in model.named_modules():
+        if name.endswith(".wo"):
+            module.float()
+    base = output(model)
+    adapted = get_peft_model(model, MixLoraConfig(r=2, num_experts=3, use_dora=use_dora))
+    assert output(adapted).dtype == base.dtype
+    torch.testing.assert_close(output(adapted), base, rtol=2e-2, atol=2e-2)
