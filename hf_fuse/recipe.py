@@ -76,6 +76,7 @@ class ModelEntry(ModelRef):
 
     weight: Value = None
     parameters: dict[str, Value] = Field(default_factory=dict)
+    statistics: str | None = None  # folder or file that hf-fuse learn has made, for methods that use one
 
 
 class SliceSource(_Strict):
@@ -85,6 +86,7 @@ class SliceSource(_Strict):
     layers: tuple[int, int]
     weight: Value = None
     parameters: dict[str, Value] = Field(default_factory=dict)
+    statistics: str | None = None
 
 
 class Slice(_Strict):
@@ -180,6 +182,21 @@ class Recipe(_Strict):
         ]:
             found.setdefault(ref.key, ref)
         return list(found.values())
+
+    @property
+    def statistics(self) -> dict[str, str]:
+        """Folder or file of each model's statistics, by the model's key.
+
+        Raises:
+            RecipeError: a model that is named several times has different ones.
+        """
+        said = [(model.key, model.statistics) for model in self.models]
+        said += [(source.model.key, source.statistics) for s in self.slices or () for source in s.sources]
+        found: dict[str, str] = {}
+        for key, ref in said:
+            if ref is not None and found.setdefault(key, ref) != ref:
+                raise RecipeError(f"{key}: has two kinds of statistics, {found[key]} and {ref}. Remove one.")
+        return found
 
     @property
     def max_shard_bytes(self) -> int:

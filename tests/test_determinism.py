@@ -13,6 +13,8 @@ from typing import Any
 
 import pytest
 import torch
+from checks_merge import statistics_of
+from safetensors.torch import save_file
 from tiny_models import Family, digests, llama_family, load_weights, save_tokenizer, save_weights, seeded
 
 import hf_fuse
@@ -78,6 +80,11 @@ def recipe_of(name: str, family: Family) -> dict[str, Any]:
     if count > 1 and "weight" in facts["parameters"]:
         for model, weight in zip(recipe["models"], (0.5, 0.3, 0.9)):
             model["weight"] = weight
+    if facts["statistics"]:
+        folders = [Path(model["path"]) for model in recipe["models"]]
+        for folder, model, found in zip(folders, recipe["models"], statistics_of(name, map(load_weights, folders))):
+            model["statistics"] = str(folder.parent / f"{folder.name}-{name}.safetensors")
+            save_file(found, model["statistics"])
     recipe["parameters"] = required | recipe.get("parameters", {})
     return recipe
 

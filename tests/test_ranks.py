@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from safetensors.torch import save_file
 from tiny_models import Family, digests, llama_family, load_weights, save_weights
 
 import hf_fuse
@@ -63,6 +64,10 @@ def family(tmp_path_factory: pytest.TempPathFactory) -> Family:
 
 def recipe_of(method: str, family: Family) -> dict:
     recipe = {"method": method, "models": [str(path) for path in family.tuned]}
+    if method == "fisher":  # numbers of the right shapes will do, and one model's weights are such
+        file = family.base.parent / "fisher.safetensors"
+        save_file(load_weights(family.base), file)
+        return recipe | {"models": [{"path": path, "statistics": str(file)} for path in recipe["models"]]}
     return recipe if method == "linear" else recipe | {"base_model": str(family.base)}
 
 
@@ -146,7 +151,7 @@ for name, recipe in recipes.items():
 
 def test_every_kind_of_method_and_failures(family: Family, tmp_path: Path) -> None:
     """Element by element, two kinds of statistics, random; and in between, merges that fail in one of the processes."""
-    methods = ["linear", "ties", "dare_ties", "model_stock", "tsv_m", "opcm"]
+    methods = ["linear", "ties", "dare_ties", "model_stock", "tsv_m", "opcm", "fisher"]
     recipes = {method: recipe_of(method, family) for method in methods}
     spoilt = tmp_path / "spoilt"
     shutil.copytree(family.tuned[0], spoilt)

@@ -22,6 +22,7 @@ from hf_fuse.errors import FuseError, RecipeError
 from hf_fuse.merge.plan import Plan, plan
 from hf_fuse.merge.progress import Progress
 from hf_fuse.merge.sources import BLOCK, MemorySource
+from hf_fuse.merge.statistics import Statistics
 from hf_fuse.merge.stream import Merger, Sink
 from hf_fuse.merge.units import Unit, build_units
 from hf_fuse.merge.workers import Workers, World, allow_open_files
@@ -107,9 +108,10 @@ def merge(
         progress = stack.enter_context(Progress(made.bytes_read * made.passes // world.size, quiet=not world.leads))
         merger = Merger(
             made.method, {key: p.source for key, p in made.parents.items()}, made.units, dtype, made.recipe.seed,
-            allow_nonfinite, chunk_elements or CHUNKS[place.type], progress,
+            allow_nonfinite, chunk_elements or CHUNKS[place.type], progress, statistics=made.statistics,
         )  # fmt: skip
-        files = {info.file for parent in made.parents.values() for info in parent.source.tensors.values()}
+        opened = [*(parent.source for parent in made.parents.values()), *made.statistics.values()]
+        files = {info.file for source in opened for info in source.tensors.values()}
         allow_open_files(len(files) + len(made.layout.sizes) + 64)
         pool = Workers(place, dtype, workers)
         stack.callback(pool.close)
@@ -171,6 +173,7 @@ def merge_state_dicts(
     base: Mapping[str, Tensor] | None = None,
     parameters: Mapping[str, Any] | None = None,
     weights: Sequence[float] | None = None,
+    statistics: Sequence[Mapping[str, Tensor]] | None = None,
     post: str | Mapping[str, Any] | None = None,
     dtype: str = "float32",
     out_dtype: str | None = None,
@@ -188,6 +191,7 @@ def merge_state_dicts(
         base: the common base, for methods on task vectors.
         parameters: the method's parameters, as in a recipe (gradients and filters included).
         weights: K numbers, short for the parameter ``weight`` of each model.
+        statistics: K sets of them for methods that use some (fisher, regmean), by tensor names.
         post: a step after the merge, or steps with their parameters, as in a recipe.
 
     Returns:
@@ -198,6 +202,8 @@ def merge_state_dicts(
     """
     if weights is not None and len(weights) != len(models):
         raise RecipeError(f"weights: {len(weights)} numbers for {len(models)} models.")
+    if statistics is not None and len(statistics) != len(models):
+        raise RecipeError(f"statistics: {len(statistics)} sets of them for {len(models)} models.")
     entries = [
         {"path": f"models[{k}]", **({} if weights is None else {"weight": weights[k]})} for k in range(len(models))
     ]
@@ -214,14 +220,20 @@ def merge_state_dicts(
         key: MemorySource({name: tensor for name, tensor in state.items() if name not in tied})
         for key, state in states.items()
     }
-    units = build_units(recipe, found, {key: source.tensors for key, source in sources.items()}, Tying())
+    beside = {
+        f"models[{k}]": Statistics(f"statistics[{k}]", MemorySource(numbers))
+        for k, numbers in enumerate(statistics or ())
+    }
+    units = build_units(recipe, found, {key: source.tensors for key, source in sources.items()}, Tying(), beside)
     result = {unit.name: torch.empty(unit.shape, dtype=getattr(torch, TORCH_NAMES[unit.dtype])) for unit in units}
 
     def keep(unit: Unit, start: int, out: Tensor) -> None:
         width = DTYPE_BYTES[unit.dtype]
         result[unit.name].view(-1).view(torch.uint8)[start * width : start * width + out.numel()] = out
 
-    merger = Merger(found, sources, units, getattr(torch, dtype), seed, allow_nonfinite, chunk_elements)
+    merger = Merger(
+        found, sources, units, getattr(torch, dtype), seed, allow_nonfinite, chunk_elements, statistics=beside
+    )
     pool = Workers(torch.device("cpu"), merger.dtype, workers)
     try:
         merger.run(keep, World(size=1, rank=0), pool)

@@ -177,8 +177,8 @@ def without_paths(recipe: Recipe) -> Recipe:
 
     def strip(ref: ModelRef) -> ModelRef:
         update = {}
-        for field in ("path", "adapter"):
-            value = getattr(ref, field)
+        for field in ("path", "adapter", "statistics"):
+            value = getattr(ref, field, None)
             if value and (Path(value).expanduser().is_dir() or value.count("/") != 1):
                 update[field] = Path(value).name
         return ref.model_copy(update=update)

@@ -18,6 +18,7 @@ from hf_fuse.checkpoint.tied import Tying, embedding_name, resolve_tying, tied_v
 from hf_fuse.checkpoint.writer import Layout, check_output, lay_out, leftovers
 from hf_fuse.errors import CheckpointError, OutputError, RecipeError
 from hf_fuse.merge.carry import config_differences
+from hf_fuse.merge.statistics import Statistics, open_statistics
 from hf_fuse.merge.units import Unit, build_units, unexpected
 from hf_fuse.recipe import ModelRef, Recipe, load_recipe
 from hf_fuse.registry import Method
@@ -41,6 +42,7 @@ class Parent:
     adapter_repo: str | None = None
     adapter_commit: str | None = None
     tokenizer: str = "none"  # how its tokenizer relates to the reference's
+    statistics: Statistics | None = None
 
     @property
     def tokenizer_folder(self) -> Path:
@@ -68,6 +70,8 @@ class Parent:
                 "commit": self.adapter_commit,
                 "targets": len(self.adapter.low_rank),
             }
+        if self.statistics is not None:
+            entry["statistics"] = self.statistics.ref
         return entry
 
 
@@ -92,6 +96,10 @@ class Plan:
         return next(iter(self.parents.values()))
 
     @property
+    def statistics(self) -> dict[str, Statistics]:
+        return _statistics(self.parents)
+
+    @property
     def passes(self) -> int:
         """How often each input byte is read at most: once to merge, and what the method measures first."""
         return getattr(self.method.module, "PASSES", 2 if hasattr(self.method.module, "measure") else 1)
@@ -99,10 +107,13 @@ class Plan:
     @property
     def bytes_read(self) -> int:
         """Bytes of all inputs for one pass."""
-        return sum(
+        weights = sum(
             self.parents[part.key].source.tensors[part.name].nbytes
             for unit in self.units
             for part in [*unit.inputs, *([unit.base] if unit.base else [])]
+        )
+        return weights + sum(
+            self.statistics[part.key].tensors[part.name].nbytes for unit in self.units for part in unit.statistics
         )
 
     @property
@@ -123,6 +134,10 @@ class Plan:
         whole = max((math.prod(u.matrix) for u in self.units if needs_whole_tensor(self.method, u)), default=0)
         whole = max(whole, max((u.numel for u in self.units if u.post), default=0))
         # Block of K models, base, result, about as much again for the method's intermediate values, raw bytes.
+        if self.statistics:  # as many numbers again; a Gram may be larger than its matrix
+            models *= 2
+            beside = (self.statistics[part.key].tensors[part.name].numel for u in self.units for part in u.statistics)
+            whole = max(whole, max(beside) if whole else 0)
         block = max([BLOCK, *(row_length(self.method, u) or 0 for u in self.units)])
         blocks = default_workers() * block * (2 * models + 4) * width
         return 300_000_000 + blocks + whole * (2 * models + 4) * width
@@ -191,6 +206,8 @@ def plan(
 
         return plan_adapter(recipe, method, overwrite=overwrite, allow_pickle=allow_pickle, verify=verify)
     parents = _open_parents(recipe, allow_pickle)
+    for key, ref in recipe.statistics.items():
+        parents[key].statistics = open_statistics(ref, getattr(method.module, "STATISTICS", None))
     refuse_overlap(recipe, parents)
     if verify:
         _verify(parents)
@@ -208,13 +225,19 @@ def plan(
                 f"{parent.ref.key}: its config points to code of its own (auto_map), which is not carried over"
             )
     alignment = _align(recipe, parents, warnings)
+    moved = [key for key in parents if alignment is not None and not alignment.identity(key)]
+    if moved and getattr(method.module, "STATISTICS", None) == "fisher":
+        raise RecipeError(
+            f"tokenizer: moves the rows of {moved[0]}'s embeddings, which its statistics can't follow. Remove it, or "
+            "align the vocabularies in a merge of its own before the statistics are made."
+        )
     tying = resolve_tying(checkpoints, recipe.tie_word_embeddings)
     for parent in parents.values():
         parent.source.tensors = tied_view(parent.source.tensors, tying)
         if tying.head is not None and hasattr(parent.source, "names"):  # a lent embedding is realigned like its owner
             parent.source.names.update({tying.head, tying.embedding})
     tables = {key: parent.source.tensors for key, parent in parents.items()}
-    units = build_units(recipe, method, tables, tying)
+    units = build_units(recipe, method, tables, tying, _statistics(parents))
     unexpected(units, tables, recipe, tying)
     layout = lay_out(
         ((name, unit.dtype, unit.shape) for unit in units for name in (unit.name, *unit.aliases)),
@@ -244,6 +267,10 @@ def _free(path: Path) -> int:
     while not path.exists():
         path = path.parent
     return shutil.disk_usage(path).free
+
+
+def _statistics(parents: dict[str, Parent]) -> dict[str, Statistics]:
+    return {key: parent.statistics for key, parent in parents.items() if parent.statistics is not None}
 
 
 def _open_parents(recipe: Recipe, allow_pickle: bool) -> dict[str, Parent]:
@@ -294,7 +321,8 @@ def refuse_overlap(recipe: Recipe, parents: dict[str, Parent]) -> None:
         return
     output = Path(recipe.output).expanduser().resolve()
     for parent in parents.values():
-        for folder in filter(None, (parent.checkpoint.folder, parent.adapter_folder)):
+        statistics = parent.statistics and Path(parent.statistics.ref).expanduser().resolve()
+        for folder in filter(None, (parent.checkpoint.folder, parent.adapter_folder, statistics)):
             inside = folder in output.parents
             if inside or any(place in (folder, *folder.parents) for place in (output, *leftovers(output))):
                 raise OutputError(

@@ -99,6 +99,7 @@ def method_facts(method: Method) -> dict[str, Any]:
         "paper": method.paper,
         "base": {True: "required", False: "no", None: "optional"}[needs_base],
         "models": f"{low}" if low == high else f"{low}+" if high is None else f"{low}-{high}",
+        "statistics": getattr(method.module, "STATISTICS", None),
         "parameters": {
             option.name: {
                 "type": option.describe(),
@@ -131,11 +132,13 @@ def print_methods(console: Console) -> None:
         facts = method_facts(method)
         base = {"required": "base, ", "optional": "(base), ", "no": ""}[facts["base"]]
         needs = "base, post" if method.kind == "post" else f"{base}{facts['models']}"
+        needs += " + data" if facts["statistics"] else ""
         paper = (facts["paper"] or "").removeprefix("https://").replace("arxiv.org/abs/", "arXiv:")
         table.add_row(method.name, facts["summary"].removesuffix("."), needs, paper.split("/")[0])
     console.print(table)
     console.print(
-        "needs: models to merge, besides the base; post: a step after any merge of differences from a base. "
+        "needs: models to merge, besides the base; data: statistics of each model, made by hf-fuse learn; post: a step "
+        "after any merge of differences from a base. "
         "hf-fuse list METHOD shows parameters and a recipe."
     )
 
@@ -151,7 +154,8 @@ def print_method(name: str, console: Console) -> None:
     if method.kind == "post":
         console.print("a step after any merge of differences from a base: the recipe's post", highlight=False)
     else:
-        console.print(f"models: {facts['models']}, base: {facts['base']}", highlight=False)
+        statistics = f", statistics of each: {facts['statistics']} (hf-fuse learn)" if facts["statistics"] else ""
+        console.print(f"models: {facts['models']}, base: {facts['base']}{statistics}", highlight=False)
     table = Table(box=SIMPLE_HEAD, pad_edge=False)
     for column in ("parameter", "type", "default", "meaning"):
         table.add_column(column, overflow="fold")
@@ -171,7 +175,10 @@ def example_recipe(facts: dict[str, Any]) -> str:
     if facts["base"] == "required":
         lines.append("base_model: path/or/org-name")
     lines.append("models:")
-    lines += [f"  - path: path/of/model-{k + 1}" for k in range(count)]
+    for k in range(1, count + 1):
+        lines.append(f"  - path: path/of/model-{k}")
+        if facts["statistics"]:
+            lines.append(f"    statistics: path/of/{facts['statistics']}-{k}")
     if step:
         lines += ["post:", f"  {facts['name']}:"]
     elif facts["parameters"]:

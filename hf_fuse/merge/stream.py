@@ -53,6 +53,7 @@ class Merger:
     chunk: int = BLOCK
     progress: Progress = field(default_factory=Progress)
     states: dict[str, Any] = field(default_factory=dict)  # by unit name; "" for the whole model
+    statistics: Mapping[str, Any] = field(default_factory=dict)  # hf_fuse.merge.statistics, by model key
     folder: Path | None = None  # where intermediate results may be kept; else the system's temporary folder
 
     def __post_init__(self) -> None:
@@ -91,6 +92,22 @@ class Merger:
             for k, part in enumerate(unit.inputs):
                 self._check(block[k], unit, part)
         return block, base
+
+    def statistics_block(self, unit: Unit, start: int, stop: int, buffers: Buffers) -> Tensor | None:
+        """The models' statistics: ``[K, n]`` beside the block of weights, or ``[K, in, in]`` for a whole matrix; None
+        if this tensor has none."""
+        if not unit.statistics:
+            return None
+        infos = [self.statistics[part.key].tensors[part.name] for part in unit.statistics]
+        shape = (stop - start,)
+        if "input_axis" in unit.options:
+            start, shape = 0, infos[0].shape
+        block = buffers.numbers("statistics", len(infos), *shape)
+        for k, part in enumerate(unit.statistics):
+            self.statistics[part.key].source.read(part.name, start, block[k].view(-1), buffers)
+            self.progress.add(block[k].numel() * DTYPE_BYTES[infos[k].dtype])
+            self._check(block[k], unit, Input(f"statistics {self.statistics[part.key].ref}", part.name))
+        return block
 
     def _check(self, values: Tensor, unit: Unit, part: Input | None) -> None:
         if self.allow_nonfinite or values.sum().isfinite():
@@ -156,7 +173,7 @@ class Merger:
             except StopIteration as done:
                 return done.value
             total = self._add_blocks(wanted, unit, 0, unit.numel, wanted.total.clone(), buffers)
-            if wanted.share == 1:
+            if wanted.sees_all_weights:
                 self._finite.add(unit.name)
 
     def _add_blocks(self, wanted: Pass, unit: Unit, first: int, last: int, total: Tensor, buffers: Buffers) -> Tensor:
@@ -172,8 +189,10 @@ class Merger:
                 if (start // step + shift) % every:
                     continue
                 stop = min(stop, start + part)
-            block, base = self.block(unit, start, stop, buffers)
-            block, base = self._shaped(unit, block, base)
+            if wanted.of == "statistics":
+                block, base = self.statistics_block(unit, start, stop, buffers), None
+            else:
+                block, base = self._shaped(unit, *self.block(unit, start, stop, buffers))
             random = TensorRandom(self.seed, unit.name, start)
             wanted.add(block, total, Seen(unit.options, random, _place(unit, start), base))
         return total
@@ -208,7 +227,7 @@ class Merger:
 
             with world.together():
                 workers.run(self.jobs(mine), work)
-            if wanted.share == 1:
+            if wanted.sees_all_weights:
                 self._finite.update(unit.name for unit in mine)
             merged: dict[Any, Tensor] = {}
             for rank, part in enumerate(world.gather(totals)):
@@ -290,6 +309,8 @@ class Merger:
             else:
                 if "random" in self._arguments:
                     options["random"] = TensorRandom(self.seed, unit.name, start)
+                if "statistics" in self._arguments:
+                    options["statistics"] = self.statistics_block(unit, start, stop, buffers)
                 if "place" in self._arguments:
                     options["place"] = _place(unit, start)
                 shaped, shaped_base = self._shaped(unit, block, base)

@@ -22,6 +22,7 @@ from hf_fuse.merge.parameters import (
     stacks,
 )
 from hf_fuse.merge.post_steps import PostStep, check_post, post_steps
+from hf_fuse.merge.statistics import Statistics, check_statistics, elementwise, input_axis
 from hf_fuse.recipe import Recipe, Slice
 from hf_fuse.registry import Method
 
@@ -50,6 +51,7 @@ class Unit:
     options: dict[str, Any] = field(default_factory=dict)
     aliases: list[str] = field(default_factory=list)  # other names under which the same result is stored
     post: list[PostStep] = field(default_factory=list)  # what the merged difference goes through, in one piece
+    statistics: list[Input] = field(default_factory=list)  # of each input, if the method uses any of this tensor
 
     @property
     def numel(self) -> int:
@@ -91,11 +93,14 @@ def takes_base(method: Method) -> bool | None:
     return {"models_KN": False, "deltas_KN": True, "vectors_KN": None}[method.argument]
 
 
-def build_units(recipe: Recipe, method: Method, tables: Tables, tying: Tying) -> list[Unit]:
+def build_units(
+    recipe: Recipe, method: Method, tables: Tables, tying: Tying, statistics: Mapping[str, Statistics] | None = None
+) -> list[Unit]:
     """Units in the order of the reference's files.
 
     Args:
         tables: for each model key its tensors, in the output vocabulary.
+        statistics: by model key.
 
     Raises:
         CheckpointError: tensors that some models lack or have in another shape (all are listed, up to ten).
@@ -103,6 +108,8 @@ def build_units(recipe: Recipe, method: Method, tables: Tables, tying: Tying) ->
     """
     groups = _slice_groups(recipe, method, tables) if recipe.slices else [_whole_group(recipe, method, tables)]
     _check_groups(recipe, method, groups)
+    statistics = statistics or {}
+    check_statistics(method, [(entry.where, entry.key) for group in groups for entry in group.entries], statistics)
     heights = stacks(name for group in groups for name in group.names)
     units, faults = [], []
     for group in groups:
@@ -110,14 +117,39 @@ def build_units(recipe: Recipe, method: Method, tables: Tables, tying: Tying) ->
             unit = _unit(recipe, method, group, name, tables, heights, faults)
             if unit is not None:
                 units.append(unit)
+                _add_statistics(unit, method, tables, statistics, faults)
     if faults:
         rest = f"; and {len(faults) - 10} more" if len(faults) > 10 else ""
         raise CheckpointError("The models do not fit together: " + "; ".join(faults[:10]) + rest + ".")
+    if statistics and not any(unit.statistics for unit in units):
+        raise CheckpointError(f"statistics {next(iter(statistics.values())).ref} fit no tensor of the models.")
     if tying.store_twice:
         for unit in units:
             if unit.name == tying.embedding:
                 unit.aliases.append(tying.head)
     return units
+
+
+def _add_statistics(
+    unit: Unit, method: Method, tables: Tables, statistics: Mapping[str, Statistics], faults: list[str]
+) -> None:
+    """Tells a unit which statistics its tensor has, or notes what is wrong with them."""
+    kind = getattr(method.module, "STATISTICS", None)
+    if kind is None or unit.action != MERGE:
+        return
+    names = [part.name for part in unit.inputs]
+    try:
+        if kind == "gram":
+            axis = input_axis([(statistics[part.key], part.name) for part in unit.inputs], unit.shape)
+            unit.options["input_axis"] = axis
+            if axis is None:
+                return
+        else:
+            names = [elementwise(statistics[p.key], tables[p.key][p.name], p.name) for p in unit.inputs]
+    except CheckpointError as fault:
+        faults.append(str(fault))
+        return
+    unit.statistics = [Input(part.key, name) for part, name in zip(unit.inputs, names)]
 
 
 def _same(name: str) -> str:

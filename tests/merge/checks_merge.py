@@ -87,8 +87,22 @@ def family(count: int, *, dtype: torch.dtype = torch.float32, spread: float = 0.
     return cast[0], cast[1:]
 
 
+def statistics_of(name: str, models) -> list[dict] | None:
+    """Statistics that follow from the models' own weights, for methods that use some."""
+    kind = getattr(registry.get("merge", name).module, "STATISTICS", None)
+    if kind is None:
+        return None
+    floats = [
+        {key: t.float().nan_to_num(0, 0, 0) for key, t in state.items() if t.is_floating_point()} for state in models
+    ]
+    if kind == "fisher":
+        return [{key: t.square() for key, t in state.items()} for state in floats]
+    return [{key: t.T @ t / len(t) for key, t in state.items() if t.ndim == 2} for state in floats]
+
+
 def run(name: str, base, models, **options):
     parameters = PARAMETERS.get(name, {}) | options.pop("parameters", {})
+    options["statistics"] = statistics_of(name, models)
     return merge_state_dicts(models, name, base=base if needs_base(name) else None, parameters=parameters, **options)
 
 

@@ -8,7 +8,17 @@ import re
 import pytest
 import torch
 import yaml
-from checks_merge import EXEMPT, assert_same, count_of, family, method_names, needs_base, run
+from checks_merge import (
+    EXEMPT,
+    PARAMETERS,
+    assert_same,
+    count_of,
+    family,
+    method_names,
+    needs_base,
+    run,
+    statistics_of,
+)
 from safetensors.torch import load_file, save_file
 
 import hf_fuse
@@ -190,9 +200,10 @@ def test_streamed_equals_in_memory_from_yaml_and_cli(name, tmp_path, capsys):
         (tmp_path / folder).mkdir()
         save_file(state, tmp_path / folder / "model.safetensors")
         (tmp_path / folder / "config.json").write_text("{}")
-    from checks_merge import PARAMETERS
-
-    recipe = {"method": name, "models": [str(tmp_path / f"m{k}") for k in range(len(models))]}
+    recipe = {"method": name, "models": [{"path": str(tmp_path / f"m{k}")} for k in range(len(models))]}
+    for k, (entry, numbers) in enumerate(zip(recipe["models"], statistics_of(name, models) or [])):
+        entry["statistics"] = str(tmp_path / f"statistics-{k}.safetensors")
+        save_file(numbers, entry["statistics"])
     recipe |= {"base_model": str(tmp_path / "base")} if needs_base(name) else {}
     recipe |= {"parameters": PARAMETERS[name]} if name in PARAMETERS else {}
     (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe))

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Generator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from torch import Tensor
 
@@ -43,8 +43,14 @@ class Pass:
     """``add(block_KN, total, seen)`` adds what it sees to ``total`` in place; ``total`` starts as given, at zero.
 
     With ``share > 1``, a power of two, about 1/share of the elements is read: the first part of every other block.
+    ``of="statistics"`` hands over the models' statistics instead of their weights.
     """
 
     total: Any
     add: Callable[[Tensor, Any, Seen], None]
     share: int = 1
+    of: Literal["models", "statistics"] = "models"
+
+    @property
+    def sees_all_weights(self) -> bool:
+        return self.share == 1 and self.of == "models"
