@@ -143,6 +143,13 @@ def test_a_group_lies_around_its_victim_and_inside_the_model(victim, members):
     assert _around([0, 1, 2, 3, 4, 5, 7, 8, 9], victim, 4) == members
 
 
+def test_layers_stored_in_another_form_are_refused_before_any_work(text, tmp_path):
+    t.MixtralForCausalLM(t.MixtralConfig(**SHAPE)).save_pretrained(tmp_path / "model")
+    save_tokenizer(tmp_path / "model")
+    with pytest.raises(FuseError, match="how model.layers.0.mlp.* is stored is not known"):
+        hf_fuse.compress(_recipe(tmp_path / "model", text, fuse=1), tmp_path / "out")
+
+
 def test_the_last_block_has_to_stay(sources, text, tmp_path):
     with pytest.raises(FuseError, match="4 blocks and one has to stay"):
         hf_fuse.compress(_recipe(sources["llama"], text, fuse=4), tmp_path / "out")

@@ -69,6 +69,7 @@ def fuse_gpt(
         raise RecipeError(f"parameters: fuse is {fuse}, but the model has {height} blocks and one has to stay.")
     model = subject.model.requires_grad_(False)
     layers = decoder_layers(model)
+    _check_stored(subject, layers, stack)
     alive, changed = list(range(height)), set()
     history, losses = [], {}
     texts = subject.calibration[:importance_sequences]
@@ -93,7 +94,7 @@ def fuse_gpt(
     importance = {"block": [first.get(index, math.nan) for index in range(height)]}
     return Edit(
         layers=alive if fuse else None,
-        tensors=_new_tensors(subject, layers, stack, changed - set(fused)) if epochs else {},
+        tensors=_new_tensors(layers, stack, changed - set(fused)) if epochs else {},
         expected=subject.probe(model),
         summary=f"Fused blocks {', '.join(map(str, fused)) or 'none'} into their neighbours.",
         facts={"fused": list(losses), "influence": history, "loss": losses},
@@ -269,13 +270,17 @@ def _distance(student_NTD: Tensor, teacher_NTD: Tensor, loss: str) -> Tensor:
     return kl_div(student, teacher, reduction="batchmean", log_target=True)
 
 
-def _new_tensors(subject: Subject, layers: nn.ModuleList, stack: str, changed: set[int]) -> dict[str, Tensor]:
-    """Stored name -> tuned values, for all parameters of the changed layers."""
-    found = {
+def _new_tensors(layers: nn.ModuleList, stack: str, changed: set[int]) -> dict[str, Tensor]:
+    """Stored name -> values, for all parameters of the changed layers."""
+    return {
         f"{stack}.{index}.{name}": parameter.detach()
         for index in sorted(changed)
         for name, parameter in layers[index].named_parameters()
     }
-    if unknown := sorted(set(found) - set(subject.checkpoint.tensors)):
-        raise FuseError(f"{subject.candidate.name}: it is not known here how {unknown[0]!r} is stored.")
-    return found
+
+
+def _check_stored(subject: Subject, layers: nn.ModuleList, stack: str) -> None:
+    """Tuned layers are written under their modules' names, so the checkpoint has to use those."""
+    wanted = _new_tensors(layers, stack, set(range(len(layers))))
+    if unknown := sorted(set(wanted) - set(subject.checkpoint.tensors)):
+        raise FuseError(f"{subject.candidate.name}: how {unknown[0]} is stored is not known here. It can't be fused.")
