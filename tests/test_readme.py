@@ -10,7 +10,8 @@ import pytest
 import torch
 
 from hf_fuse import cli, load_recipe
-from hf_fuse.merge.readme import README, with_table
+from hf_fuse.readme import README, with_tables
+from hf_fuse.training_recipe import load_training_recipe
 
 TEXT = README.read_text(encoding="utf-8")
 # What a test can't do: other people's repositories, a GPU, launchers (tests/test_ranks.py has those), the setup itself.
@@ -68,6 +69,9 @@ def test_recipes_run_or_are_at_least_valid(folder, monkeypatch, tmp_path):
         if "\nsweep:" in block:
             continue  # not a recipe by itself; its command runs above
         (tmp_path / f"{number}.yaml").write_text(block)
+        if "\nadapter:" in block:
+            load_training_recipe(tmp_path / f"{number}.yaml")
+            continue
         recipe = load_recipe(tmp_path / f"{number}.yaml")
         if "org/" not in block:
             import hf_fuse
@@ -75,8 +79,8 @@ def test_recipes_run_or_are_at_least_valid(folder, monkeypatch, tmp_path):
             hf_fuse.merge(recipe, tmp_path / str(number))
 
 
-def test_table_of_methods_is_current():
-    assert with_table(TEXT) == TEXT, "run: python -m hf_fuse.merge.readme"
+def test_tables_are_current():
+    assert with_tables(TEXT) == TEXT, "run: python -m hf_fuse.readme"
 
 
 def test_commands_named_in_the_tree_and_ci_exist():

@@ -1,0 +1,87 @@
+"""Renews the tables in README.md from the code: ``python -m hf_fuse.readme``."""
+
+from __future__ import annotations
+
+import inspect
+import re
+from importlib import import_module
+from pathlib import Path
+
+from hf_fuse import registry
+from hf_fuse.merge.report import method_facts
+
+README = Path(__file__).parents[1] / "README.md"
+BASE = {"required": "a base", "no": "", "optional": "(a base)"}
+
+
+def merge_table() -> str:
+    """All merge methods, and the steps that may follow."""
+    rows = [method_facts(registry.get("merge", name)) for name in registry.names("merge")]
+    steps = [method_facts(registry.get("post", name)) for name in registry.names("post")]
+    return "\n".join(
+        [
+            "| method | what it does | models | also needs | parameters |",
+            "|---|---|---|---|---|",
+            *(
+                f"| {_linked(row['name'], row['paper'])} | {row['summary']} | {row['models']} | {BASE[row['base']]}"
+                f"{row['statistics'] and 'statistics of each' or ''} | {_listed(row['parameters'])} |"
+                for row in rows
+            ),
+            "",
+            "Steps for a recipe's `post`:",
+            "",
+            "| step | what it does | parameters |",
+            "|---|---|---|",
+            *(f"| {_linked(s['name'], s['paper'])} | {s['summary']} | {_listed(s['parameters'])} |" for s in steps),
+        ]
+    )
+
+
+def adapter_table() -> str:
+    """All adapters, by the first line and the first arXiv number of their modules."""
+    from hf_fuse.adapters._peft import METHODS
+
+    lines = ["| adapter | what it is |", "|---|---|"]
+    for name in METHODS:
+        module = import_module(f"hf_fuse.adapters.{name}")
+        summary = inspect.cleandoc(module.__doc__).split("\n\n")[0].replace("\n", " ")
+        number = re.search(r"arXiv (\d{4}\.\d{5})", module.__doc__)
+        summary = re.sub(r" \(arXiv [^)]*\)", "", summary)
+        lines.append(f"| {_linked(name, number and f'https://arxiv.org/abs/{number[1]}')} | {summary} |")
+    return "\n".join(lines)
+
+
+def loss_table() -> str:
+    """All losses: what they need, and their options."""
+    from hf_fuse.objectives import read_objectives
+
+    lines = ["| loss | what it does | needs | options |", "|---|---|---|---|"]
+    for name in registry.names("losses"):
+        loss = registry.get("losses", name)
+        _, (objective,) = read_objectives({name: 1.0})
+        needs = [tensor for keyword, tensor in objective.needs.items() if keyword not in objective.optional]
+        lines.append(f"| {_linked(name, loss.paper)} | {loss.summary} | {', '.join(needs)} | {_listed(loss.options)} |")
+    return "\n".join(lines)
+
+
+def _linked(name: str, paper: str | None) -> str:
+    return f"[`{name}`]({paper})" if paper else f"`{name}`"
+
+
+def _listed(names) -> str:
+    return ", ".join(f"`{name}`" for name in names)
+
+
+TABLES = {"methods": merge_table, "adapters": adapter_table, "losses": loss_table}
+
+
+def with_tables(text: str) -> str:
+    """The README's text with each table between its markers renewed."""
+    for name, table in TABLES.items():
+        start, end = f"<!-- {name}:start -->", f"<!-- {name}:end -->"
+        text = re.sub(f"{start}.*?{end}", lambda _, t=table, s=start, e=end: f"{s}\n{t()}\n{e}", text, flags=re.S)
+    return text
+
+
+if __name__ == "__main__":
+    README.write_text(with_tables(README.read_text(encoding="utf-8")), encoding="utf-8")
