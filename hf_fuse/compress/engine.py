@@ -16,7 +16,7 @@ from hf_fuse.checkpoint.reader import read_json
 from hf_fuse.checkpoint.tokenizer import copy_files, tokenizer_files
 from hf_fuse.checkpoint.writer import check_output, exclusive_output
 from hf_fuse.compress.edit import Edit, write_weights
-from hf_fuse.compress.loading import lighten, renumbered
+from hf_fuse.compress.loading import is_lightened, lighten, renumbered
 from hf_fuse.compress.measure import TITLES, measure, print_table
 from hf_fuse.compress.recipe import CompressRecipe, load_compress_recipe
 from hf_fuse.compress.subject import Subject, open_subject
@@ -26,6 +26,10 @@ from hf_fuse.merge.finish import RECIPE_FILE, versions
 from hf_fuse.recipe import dump_recipe
 
 RESULTS, CHART = "compress_results.json", "importance.png"
+LIGHTER = (
+    "The figures are those of hf_fuse.load_compressed, which leaves out what this checkpoint only holds so that other "
+    "loaders understand it. Those get the same output, at the cost of the model before."
+)
 # Largest difference of logits, relative to the largest logit, that the order of sums explains.
 TOLERANCE = {torch.float64: 1e-5, torch.float32: 1e-4, torch.bfloat16: 5e-2, torch.float16: 1e-2}
 
@@ -196,7 +200,7 @@ def _write_record(recipe: CompressRecipe, subject: Subject, result: Compressed, 
                 {"ref": checkpoint.ref, "repo_id": checkpoint.repo_id, "commit": checkpoint.commit, "role": "base",
                  "license": read_license(checkpoint.folder)}
             ],
-            "warnings": [],
+            "warnings": [LIGHTER] if is_lightened(read_json(folder / "config.json")) else [],
             "figures": figures | images,
             "versions": versions(),
             "has_tokenizer": bool(tokenizer_files(folder)),

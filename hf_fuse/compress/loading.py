@@ -25,6 +25,11 @@ def renumbered(config: dict[str, Any], layers: list[int]) -> dict[str, Any]:
     return found
 
 
+def is_lightened(config: dict[str, Any]) -> bool:
+    """Whether :func:`lighten` takes anything out of a model with this ``config.json``."""
+    return any(config.get(key) for key in (*DROP_KEYS.values(), GROUPS_KEY))
+
+
 def lighten(model: nn.Module) -> nn.Module:
     """Takes out, in place, what the model's config says is not needed: less memory and work, the same output.
 

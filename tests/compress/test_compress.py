@@ -54,6 +54,12 @@ def test_the_command_makes_a_folder_with_figures_chart_card_and_recipe(recipe, t
     assert weights and all(digests(out)[name] == digests(again)[name] for name in weights)
 
 
+def test_the_card_says_whose_figures_it_gives(recipe, tmp_path):
+    for target, said in (("mlp", True), ("block", False)):
+        made = hf_fuse.compress(recipe, tmp_path / target, overrides={"parameters.target": target})
+        assert ("hf_fuse.load_compressed" in (made.output / "README.md").read_text()) == said
+
+
 def test_mistakes_on_the_command_line_are_one_line_each(recipe, tmp_path, capsys):
     for arguments, words in [
         (["--paramters.drop", "2"], "Did you mean 'parameters'"),
