@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from contextlib import contextmanager
 from typing import Any
 
 from peft.tuners.tuners_utils import BaseTuner, _maybe_include_all_linear_layers, check_target_module_exists
@@ -76,6 +77,14 @@ class RoutedLoraModel(BaseTuner):
 
     def _post_injection_hook(self, model: nn.Module, config: RoutedLoraConfig, adapter_name: str) -> None:
         collect_routes(model)
+
+    @contextmanager
+    def _enable_peft_forward_hooks(self, *args: Any, adapter_names: list[str] | None = None, **kwargs: Any):
+        if adapter_names is not None:
+            raise ValueError(
+                "adapter_names: routed experts can't differ from sample to sample. Use set_adapter, one batch per adapter."
+            )
+        yield
 
     def _check_merge_allowed(self) -> None:
         raise NotImplementedError(NO_MERGE)

@@ -376,6 +376,12 @@ def test_several_adapters_of_different_sizes():
         model.base_model.set_adapter(["default", "small"])
 
 
+def test_adapters_by_sample_are_refused():
+    model = adapted()
+    with pytest.raises(ValueError, match="adapter_names"):
+        model(**batch(), adapter_names=["default", "__base__"])
+
+
 def test_padding_of_encoder_and_decoder():
     torch.manual_seed(0)
     t5 = transformers.T5ForConditionalGeneration(
