@@ -82,7 +82,7 @@ class RoutedLoraModel(BaseTuner):
     def _enable_peft_forward_hooks(self, *args: Any, adapter_names: list[str] | None = None, **kwargs: Any):
         if adapter_names is not None:
             raise ValueError(
-                "adapter_names: routed experts can't differ from sample to sample. Use set_adapter, one batch per adapter."
+                "adapter_names: routed experts can't differ from sample to sample. Use set_adapter, batch by batch."
             )
         yield
 
