@@ -14,7 +14,7 @@ from __future__ import annotations
 import inspect
 import math
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -98,12 +98,14 @@ class Objective:
         return given if all(keyword in given or keyword in self.optional for keyword in self.needs) else None
 
 
-def read_objectives(settings: Mapping[str, Any], *, kind: str = "losses") -> tuple[Schedule, list[Objective]]:
+def read_objectives(
+    settings: Mapping[str, Any], *, kinds: Sequence[str] = ("losses",)
+) -> tuple[Schedule, list[Objective]]:
     """Checks ``objectives`` as a user writes them.
 
     Args:
         settings: name -> number, schedule, or weight with options (see the module).
-        kind: of the registry.
+        kinds: of the registry.
 
     Returns:
         The weight of the task loss, and the objectives in the given order.
@@ -116,7 +118,7 @@ def read_objectives(settings: Mapping[str, Any], *, kind: str = "losses") -> tup
         where = f"objectives.{name}"
         weight, options = _weight_and_options(entry, where)
         if name != TASK:
-            found.append(_objective(name, weight, options, kind, where))
+            found.append(_objective(name, weight, options, kinds, where))
         elif options:
             raise RecipeError(f"{where}: the task loss has no options, got {', '.join(options)}. Give a weight alone.")
         else:
@@ -124,11 +126,11 @@ def read_objectives(settings: Mapping[str, Any], *, kind: str = "losses") -> tup
     return task, found
 
 
-def _objective(name: str, weight: Schedule, options: Mapping[str, Any], kind: str, where: str) -> Objective:
-    known = registry.names(kind)
-    if name not in known:
-        raise RecipeError(f"objectives: there is no loss {name!r}. {registry.nearest(name, [TASK, *known])}")
-    method = registry.get(kind, name)
+def _objective(name: str, weight: Schedule, options: Mapping[str, Any], kinds: Sequence[str], where: str) -> Objective:
+    kind_of = {known: kind for kind in kinds for known in registry.names(kind)}
+    if name not in kind_of:
+        raise RecipeError(f"objectives: there is no loss {name!r}. {registry.nearest(name, [TASK, *kind_of])}")
+    method = registry.get(kind_of[name], name)
     bound = {}
     for key, value in options.items():
         option = method.option(key, where)

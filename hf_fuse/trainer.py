@@ -34,7 +34,7 @@ from hf_fuse.loss_inputs import (
     router_choices,
     without,
 )
-from hf_fuse.objectives import load_states, read_objectives, save_states
+from hf_fuse.objectives import load_states, save_states
 from hf_fuse.router_report import ExpertUsageChart, RouterUsage
 from hf_fuse.trainer_config import FuseConfig
 from hf_fuse.trainer_logs import Averages
@@ -90,7 +90,7 @@ class FuseTrainer(Trainer):
         _check_arguments(model, args)
         if peft_config is not None:
             model = _with_adapter(model, peft_config)
-        self.task_weight, self.objectives = read_objectives(args.objectives or {})
+        self.task_weight, self.objectives = args.read_objectives()
         super().__init__(model, args, **trainer_arguments)
         self._check_model()
         self._whole_batch: Tensor | None = None
@@ -208,19 +208,23 @@ class FuseTrainer(Trainer):
         # With the count of this micro-batch, those models that normalise by it return the mean as the others do.
         counted = isinstance(labels_of(inputs, shifted=False)[0], Tensor)
         items = self._count(inputs)[UNITS.index(PREDICTIONS)].clamp(min=1) if counted else None
-        apart = (self.label_smoother or self.compute_loss_func) and "labels" in inputs
+        apart = bool(self.label_smoother or self.compute_loss_func) and "labels" in inputs
         loss, outputs = super().compute_loss(model, inputs, return_outputs=True, num_items_in_batch=items)
         if counted and (self.model_accepts_loss_kwargs or self.compute_loss_func):
             loss = loss / self._averaged_processes  # the Trainer has multiplied by it
+        return *self._without_router_loss(loss, outputs, apart=apart), outputs
+
+    def _without_router_loss(self, loss: Tensor, outputs: Any, *, apart: bool) -> tuple[Tensor, Tensor | None]:
+        """The loss less that of the model's own routers, and the latter, weighted; ``apart``: it was never added."""
         router_loss = getattr(outputs, "aux_loss", None)
         if router_loss is None:
-            return loss, None, outputs
+            return loss, None
         if hasattr(outputs, "aux_loss_folded"):
             folded, wanted = outputs.aux_loss_folded, True
         else:
             router_loss = router_loss.to(loss.device) * (own_balance_weight(self._base) or 0.0)
             folded, wanted = not apart, self._base.config.get_text_config().output_router_logits
-        return loss - router_loss if folded else loss, router_loss if wanted else None, outputs
+        return loss - router_loss if folded else loss, router_loss if wanted else None
 
     def _second_forward(self, model: nn.Module, inputs: dict[str, Any]) -> Any:
         """The output for the columns ``second_*``, or for the same inputs under other dropout."""

@@ -7,7 +7,7 @@ from typing import Any
 
 from transformers import TrainingArguments
 
-from hf_fuse.objectives import read_objectives
+from hf_fuse.objectives import Objective, Schedule, read_objectives
 
 
 @dataclass
@@ -34,4 +34,8 @@ class FuseConfig(TrainingArguments):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        read_objectives(self.objectives or {})
+        self.read_objectives()
+
+    def read_objectives(self) -> tuple[Schedule, list[Objective]]:
+        """The weight of the task loss, and the objectives."""
+        return read_objectives(self.objectives or {})

@@ -1,0 +1,227 @@
+"""``DistillTrainer``: a student that learns from frozen teachers while it trains.
+
+N predictions that have a label, V tokens of the vocabulary or classes, D hidden, M distillation methods.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from hf_fuse.batch_counts import PREDICTIONS, labels_of
+from hf_fuse.distill.chunked import chunked_sum
+from hf_fuse.distill.config import DistillConfig, is_distillation
+from hf_fuse.distill.teachers import (
+    BASE,
+    BaseTeacher,
+    Teacher,
+    check_teacher,
+    check_unchanged,
+    load_teacher,
+    replaced_head,
+    tokenizer_of,
+)
+from hf_fuse.errors import FuseError
+from hf_fuse.loss_inputs import kept_predictions, without
+from hf_fuse.losses._predictions import class_indices
+from hf_fuse.objectives import Objective
+from hf_fuse.trainer import FuseTrainer
+
+
+class DistillTrainer(FuseTrainer):
+    """Trains with ``loss = w_task * task_loss + sum of w * distillation + sum of w * objective``.
+
+    ::
+
+        args = DistillConfig("out", objectives={"task": 0.5, "forward_kl": {"weight": 0.5, "temperature": 2.0}})
+        DistillTrainer(student, args, teacher="org/big-model", train_dataset=data, processing_class=tokenizer).train()
+
+    Every term is the mean over all predictions of an optimizer step, whatever the number of accumulation steps and
+    processes. Teachers see the student's batches. They are frozen, in evaluation mode and in their own precision, lie
+    whole on each process's device, and are neither in the optimizer nor in checkpoints.
+
+    Args:
+        model: the student: a transformers or PEFT model.
+        args: a :class:`DistillConfig`.
+        teacher: a model, its name on the Hub or folder, ``"base"`` for the student's base model with its adapters
+            switched off, or a list of such. The terms of several teachers are added with ``teacher_weights``.
+        teacher_tokenizer: of all teachers, where it can't be found beside them. It must be the student's.
+        trainer_arguments: of :class:`~hf_fuse.FuseTrainer`: ``peft_config``, ``train_dataset``, ``processing_class``...
+
+    Raises:
+        FuseError: a teacher can't be loaded, or predicts other tokens or classes than the student; or ``chunk_size``
+            with a model or objective that it can't serve.
+    """
+
+    extra_tensors = frozenset({"student", "teacher", "distilled"})
+
+    def __init__(
+        self,
+        model: nn.Module | None = None,
+        args: DistillConfig | None = None,
+        *,
+        teacher: nn.Module | str | list[nn.Module | str],
+        teacher_tokenizer: Any = None,
+        **trainer_arguments: Any,
+    ) -> None:
+        args = DistillConfig() if args is None else args
+        if not isinstance(args, DistillConfig):
+            raise FuseError(f"args is a {type(args).__name__}, expected a DistillConfig.")
+        super().__init__(model, args, **trainer_arguments)
+        self._methods = [objective for objective in self.objectives if is_distillation(objective)]
+        self.objectives = [_from_the_forward_pass(o) if is_distillation(o) else o for o in self.objectives]
+        self._distilled: dict[str, Tensor] = {}
+        self._logits_wanted, self._head_checked = False, False
+        self.teachers = [self._teacher(each) for each in (teacher if isinstance(teacher, list) else [teacher])]
+        self._teacher_weights = self._checked_weights()
+        tokenizer = tokenizer_of(self._base, self.processing_class)
+        for each in self.teachers:
+            check_teacher(each, self._base, tokenizer, tokenizer_of(each.base, teacher_tokenizer))
+        if args.chunk_size:
+            self._check_chunks()
+
+    def named_tensors(self, needed: set[str], model: nn.Module, inputs: dict[str, Any], outputs: Any) -> dict[str, Any]:
+        return super().named_tensors(needed, model, inputs, outputs) | {"distilled": self._distilled}
+
+    def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):  # noqa: ANN001, ANN201
+        self._logits_wanted = not prediction_loss_only
+        try:
+            return super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
+        finally:
+            self._logits_wanted = False
+
+    def _forward(self, model: nn.Module, inputs: dict[str, Any]) -> tuple[Tensor, Tensor | None, Any]:
+        weights = self._weights(model.training)
+        methods = [objective for objective in self._methods if objective.name in weights]
+        labels, shifted = labels_of(inputs, shifted=self._loss_shifts_labels)
+        if methods and labels is None:
+            raise FuseError(f"Distillation needs labels to know the predictions; the batch has {', '.join(inputs)}.")
+        if self.args.chunk_size and not self._logits_wanted:
+            return self._forward_in_chunks(model, inputs, methods)
+        # Before the student's pass: switching adapters must not fall between it and its backward pass.
+        teacher_logits = [teacher.logits(inputs) for teacher in self.teachers] if methods else []
+        task, router_loss, outputs = super()._forward(model, inputs)
+        if methods:
+            student_NV, labels_N = kept_predictions(outputs.logits, labels, shifted=shifted)
+            teacher_NV = [kept_predictions(logits, labels, shifted=shifted)[0] for logits in teacher_logits]
+            sums_M = self._sums(methods, student_NV, teacher_NV, class_indices(labels_N))
+            self._keep(methods, sums_M, len(labels_N))
+        return task, router_loss, outputs
+
+    def _forward_in_chunks(
+        self, model: nn.Module, inputs: dict[str, Any], methods: list[Objective]
+    ) -> tuple[Tensor, Tensor | None, Any]:
+        """As :meth:`_forward`, but the losses are computed in the place of the output layer, chunk by chunk."""
+        labels, shifted = labels_of(inputs, shifted=self._loss_shifts_labels)
+        teacher_hidden = [teacher.hidden(inputs) for teacher in self.teachers] if methods else []
+        head = self._base.get_output_embeddings().forward
+        sums = None
+
+        def loss(hidden_ND: Tensor, labels_N: Tensor, *teacher_ND: Tensor) -> Tensor:
+            student_NV = head(hidden_ND)
+            teacher_NV = [teacher.head(rows_ND) for teacher, rows_ND in zip(self.teachers, teacher_ND)]
+            task = F.cross_entropy(student_NV.float(), labels_N, reduction="sum")
+            return torch.cat([task[None], self._sums(methods, student_NV, teacher_NV, labels_N)])
+
+        def losses_for_logits(hidden_BSD: Tensor) -> Tensor:
+            nonlocal sums
+            hidden_ND, labels_N = kept_predictions(hidden_BSD, labels, shifted=shifted)
+            teacher_ND = [kept_predictions(hidden, labels, shifted=shifted)[0] for hidden in teacher_hidden]
+            sums = chunked_sum(loss, hidden_ND, labels_N, *teacher_ND, chunk_size=self.args.chunk_size)
+            return sums[None, None]
+
+        given = {name: value for name, value in inputs.items() if name not in ("labels", "shift_labels")}
+        with replaced_head(self._base, losses_for_logits):
+            outputs = model(**given)
+        if not self._head_checked:
+            check_unchanged(sums[None, None], outputs.logits, self._base)
+            self._head_checked = True
+        count = int((labels[..., 1:] if shifted else labels).ne(-100).sum())
+        # Wrappers look for the graph in what the model returns, not in what was kept aside.
+        task, *_ = sums = outputs.logits[0, 0]
+        self._keep(methods, sums[1:], count)
+        task, router_loss = self._without_router_loss(task / max(count, 1), outputs, apart=True)
+        return task, router_loss, without(outputs, {"logits"})
+
+    def _sums(self, methods: list[Objective], student_NV: Tensor, teacher_NV: list[Tensor], labels_N: Tensor) -> Tensor:
+        """Of each method, over the predictions and weighted over the teachers, ``(M,)``."""
+        # What lies beyond the smallest vocabulary is padding, as was checked.
+        width = min(logits.shape[-1] for logits in (student_NV, *teacher_NV))
+        given = {"student": student_NV[:, :width], "labels": labels_N}
+        given["progress"] = self.state.global_step / max(self.state.max_steps, 1)
+        sums = []
+        for objective in methods:
+            values = [
+                weight * objective.loss(**objective.arguments(given | {"teacher": logits[:, :width]}))
+                for weight, logits in zip(self._teacher_weights, teacher_NV)
+            ]
+            sums.append(torch.stack(values).sum())
+        return torch.stack(sums) if sums else student_NV.new_zeros(0, dtype=torch.float32)
+
+    def _keep(self, methods: list[Objective], sums_M: Tensor, count: int) -> None:
+        self._distilled = {objective.name: value / max(count, 1) for objective, value in zip(methods, sums_M)}
+
+    def _teacher(self, given: nn.Module | str) -> Teacher:
+        if given == BASE:
+            return BaseTeacher(self.model, self.args.device)
+        if given is self.model or given is self._base:
+            raise FuseError("The teacher is the student itself. For its base model without adapters, give 'base'.")
+        if isinstance(given, str):
+            return Teacher(load_teacher(given, self.args.teacher_model_init_kwargs or {}), self.args.device, given)
+        if self.args.teacher_model_init_kwargs:
+            raise FuseError("teacher_model_init_kwargs is for teachers given by name, but the teacher is a model.")
+        if not isinstance(given, nn.Module):
+            raise FuseError(f"teacher is a {type(given).__name__}, expected a model, a name or 'base', or a list.")
+        return Teacher(given, self.args.device, getattr(given, "name_or_path", "") or type(given).__name__)
+
+    def _checked_weights(self) -> list[float]:
+        count, weights = len(self.teachers), self.args.teacher_weights
+        if not count:
+            raise FuseError("teacher is an empty list. Give at least one.")
+        if weights is not None and len(weights) != count:
+            raise FuseError(f"teacher_weights has {len(weights)} numbers for {count} teacher(s).")
+        return weights or [1 / count] * count
+
+    def _check_chunks(self) -> None:
+        if not self._loss_shifts_labels or self._base.get_output_embeddings() is None:
+            raise FuseError(
+                f"chunk_size is for causal language models; the student is a {type(self._base).__name__}. Set it to 0."
+            )
+        for objective in self.objectives:
+            if not {"logits", "second_logits"}.isdisjoint(objective.needs.values()):
+                raise FuseError(
+                    f"objectives.{objective.name}: needs all logits, which chunks never make. Set chunk_size to 0."
+                )
+        if self.label_smoother or self.compute_loss_func:
+            name = "compute_loss_func" if self.compute_loss_func else "label_smoothing_factor"
+            raise FuseError(f"{name}: needs all logits, which chunks never make. Set chunk_size to 0.")
+        if self.args.torch_compile:
+            raise FuseError(
+                "chunk_size replaces the output layer, which torch_compile doesn't allow. Drop one of them."
+            )
+        if any(isinstance(teacher, BaseTeacher) for teacher in self.teachers) and any(
+            "lora_" in name or "modules_to_save" in name
+            for name, _ in self._base.get_output_embeddings().named_parameters()
+        ):
+            raise FuseError(
+                "The adapter changes the output layer, which chunks use as the base's. Set chunk_size to 0."
+            )
+
+
+def _from_the_forward_pass(objective: Objective) -> Objective:
+    """The same term, whose value is there when the model has run."""
+
+    def value(distilled: dict[str, Tensor]) -> Tensor:
+        return distilled[objective.name]
+
+    return dataclasses.replace(
+        objective,
+        loss=value,
+        needs={"distilled": "distilled"},
+        optional=frozenset(),
+        mean_over=PREDICTIONS,
+    )
