@@ -286,6 +286,24 @@ def compress(
             print(f"pushed: {made.address}")
 
 
+@app.command(context_settings=EXTRA)
+def learn(
+    context: typer.Context,
+    recipe: Annotated[Path, typer.Argument(help="A recipe for learning in YAML.", show_default=False)],
+    output: Output = None,
+    overwrite: Overwrite = False,
+) -> None:
+    """Estimate from data what a merge method needs to know of a model: its Fisher information, or Gram matrices.
+
+    Any recipe key can be set: --examples 1024
+    """
+    from hf_fuse.merge.learn_recipe import LearnRecipe
+    from hf_fuse.merge.learning import learn as run
+
+    overrides = _overrides(context.args, LearnRecipe.model_fields)
+    print(f"statistics: {run(recipe, output, overrides=overrides, overwrite=overwrite)}")
+
+
 @app.command("list")
 def list_methods(
     name: Annotated[str | None, typer.Argument(help="A method: its parameters and a recipe to paste.")] = None,

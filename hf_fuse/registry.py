@@ -24,6 +24,7 @@ from hf_fuse.errors import RecipeError
 KINDS = {
     "merge": "hf_fuse.merge.methods",
     "post": "hf_fuse.merge.post",
+    "learn": "hf_fuse.merge.learn",
     "losses": "hf_fuse.losses",
     "compress": "hf_fuse.compress.methods",
     "distill": "hf_fuse.distill.methods",

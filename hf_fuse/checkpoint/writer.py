@@ -52,11 +52,16 @@ def _nbytes(dtype: str, shape: tuple[int, ...]) -> int:
     return count
 
 
-def lay_out(tensors: Iterable[tuple[str, str, tuple[int, ...]]], max_shard_bytes: int, stem: str = "model") -> Layout:
+def lay_out(
+    tensors: Iterable[tuple[str, str, tuple[int, ...]]],
+    max_shard_bytes: int,
+    stem: str = "model",
+    metadata: dict[str, str] | None = None,
+) -> Layout:
     """Plans files for ``(name, dtype code, shape)`` in order; a shard is closed before it would exceed the limit.
 
     One shard is called ``<stem>.safetensors``; several get the standard names and an index. A tensor larger than the
-    limit has a shard of its own.
+    limit has a shard of its own. ``metadata`` goes into every header.
     """
     shards: list[list[tuple[str, str, tuple[int, ...]]]] = [[]]
     used, total, parameters = 0, 0, 0
@@ -73,7 +78,7 @@ def lay_out(tensors: Iterable[tuple[str, str, tuple[int, ...]]], max_shard_bytes
     for number, shard in enumerate(shards, 1):
         single = len(shards) == 1
         file = f"{stem}.safetensors" if single else f"{stem}-{number:05d}-of-{len(shards):05d}.safetensors"
-        header: dict = {"__metadata__": {"format": "pt"}}
+        header: dict = {"__metadata__": {"format": "pt", **(metadata or {})}}
         position = 0
         # Wide dtypes first: the format's own writer does so to keep every tensor aligned to its element size.
         for name, dtype, shape in sorted(shard, key=lambda entry: (-DTYPE_BYTES[entry[1]], entry[0])):
