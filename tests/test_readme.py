@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from hf_fuse import cli, load_recipe
+from hf_fuse.compress.recipe import load_compress_recipe
 from hf_fuse.readme import README, with_tables
 from hf_fuse.training_recipe import load_training_recipe
 
@@ -71,6 +72,9 @@ def test_recipes_run_or_are_at_least_valid(folder, monkeypatch, tmp_path):
         (tmp_path / f"{number}.yaml").write_text(block)
         if "\nadapter:" in block:
             load_training_recipe(tmp_path / f"{number}.yaml")
+            continue
+        if "\ncalibration:" in block:
+            load_compress_recipe(tmp_path / f"{number}.yaml")
             continue
         recipe = load_recipe(tmp_path / f"{number}.yaml")
         if "org/" not in block:
