@@ -11,7 +11,7 @@ import pytest
 from hf_fuse import cli, registry
 from hf_fuse.errors import RecipeError
 
-COMMANDS = ("merge", "plan", "list", "schema", "push", "inspect", "eval", "demo", "sweep", "train", "compress")
+COMMANDS = ("merge", "plan", "list", "schema", "push", "inspect", "eval", "demo", "sweep", "train", "learn", "compress")
 
 
 def run(*arguments: str) -> None:

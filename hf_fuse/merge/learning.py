@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -31,6 +31,7 @@ class Subject:
     Attributes:
         kind: ``causal``, ``text`` or ``image``: what the model predicts from.
         data: encoded; ``train`` holds the chosen examples.
+        labelled: whether the labels of the data mean anything.
     """
 
     checkpoint: Checkpoint
@@ -38,6 +39,7 @@ class Subject:
     kind: str
     data: TrainingData
     recipe: LearnRecipe
+    labelled: bool
 
     @cached_property
     def model(self) -> Any:
@@ -158,13 +160,17 @@ def open_subject(recipe: LearnRecipe) -> Subject:
     entry = recipe.data_entry
     rows = read_rows(entry)
     checkpoint = open_checkpoint(recipe.model.path, recipe.model.revision)
+    labelled = not (rows.format == "text" and (checkpoint.architecture or "").endswith("ForSequenceClassification"))
+    if not labelled:  # most estimators need no labels, but the encoder of classifiers wants some
+        parts = [replace(part, rows=part.rows.add_column("label", [0] * len(part.rows))) for part in rows.train]
+        rows = Rows("classification", parts, [])
     kind = "causal" if rows.format != "classification" else "image" if rows.has_images else "text"
     candidate = candidates([str(checkpoint.folder)], kind)[0]
     data = _encoded(rows, recipe, candidate)
     random = torch.Generator().manual_seed(recipe.seed)
     chosen = torch.randperm(len(data.train), generator=random)[: recipe.examples].tolist()
     data = TrainingData(data.format, data.train.select(chosen), None, data.collator, data.max_length)
-    return Subject(checkpoint, candidate, kind, data, recipe)
+    return Subject(checkpoint, candidate, kind, data, recipe, labelled)
 
 
 def _encoded(rows: Rows, recipe: LearnRecipe, candidate: Candidate) -> TrainingData:

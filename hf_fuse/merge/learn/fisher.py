@@ -36,6 +36,8 @@ def fisher(
     model = subject.model
     if labels == "exact" and subject.kind == "causal":
         raise RecipeError("parameters: labels: exact needs a classifier; a language model has too many. Use sampled.")
+    if labels == "given" and not subject.labelled:
+        raise RecipeError("parameters: labels: given, but the data have no column label. Use sampled.")
     if labels != "sampled" and samples != 1:
         raise RecipeError(f"parameters: samples is {samples}, but labels: {labels} draws none. Remove it.")
     parameters = dict(model.named_parameters())

@@ -1,11 +1,13 @@
 """The estimator of the diagonal Fisher, against loops that follow its definition."""
 
+from pathlib import Path
+
 import pytest
 import torch
 import yaml
 from safetensors import safe_open
 from safetensors.torch import load_file
-from tiny_models import digests, load_weights
+from tiny_models import digests, load_weights, save_tokenizer
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
 import hf_fuse
@@ -99,6 +101,59 @@ def test_the_labels_of_the_data_do_not_matter_to_the_true_fisher(classifier, tmp
     assert any(not torch.equal(one[name], two[name]) for name in one)
 
 
+def test_a_classifier_needs_no_labels(classifier, tmp_path):
+    unlabelled = classifier | {"data": str(written_texts(tmp_path / "rows.jsonl"))}
+    one, two = found(classifier, tmp_path / "a"), found(unlabelled, tmp_path / "b")
+    assert all(torch.equal(one[name], two[name]) for name in one)
+    with pytest.raises(RecipeError, match="no column label"):
+        found(unlabelled, tmp_path / "c", labels="given")
+
+
+def test_experts_that_a_model_holds_as_a_stack_go_by_their_stored_names(writer, tmp_path):
+    from transformers import MixtralConfig, MixtralForCausalLM
+
+    config = MixtralConfig(
+        vocab_size=32, hidden_size=16, intermediate_size=24, num_hidden_layers=1, num_attention_heads=4,
+        num_key_value_heads=2, num_local_experts=4, experts_implementation="eager",
+    )  # fmt: skip
+    torch.manual_seed(0)
+    model = MixtralForCausalLM(config).eval()
+    model.save_pretrained(tmp_path / "model")
+    save_tokenizer(tmp_path / "model")
+    recipe = writer | {"model": str(tmp_path / "model"), "examples": 1}
+    given = found(recipe, tmp_path / "f", labels="given")
+    assert {n: t.shape for n, t in given.items()} == {n: t.shape for n, t in load_weights(tmp_path / "model").items()}
+    ((_, ids, end),) = examples(recipe)
+    ids = torch.cat([ids, torch.tensor([[end]])], 1)
+    loss = model(ids).logits[0, :-1].log_softmax(-1).gather(1, ids[0, 1:, None]).sum()
+    stacked_EIH = squares(model, loss)["model.layers.0.mlp.experts.gate_up_proj"]
+    for expert in range(4):
+        name = f"model.layers.0.block_sparse_moe.experts.{expert}."
+        pair = torch.cat([given[name + "w1.weight"], given[name + "w3.weight"]])
+        torch.testing.assert_close(pair, stacked_EIH[expert], rtol=1e-3, atol=1e-10)
+
+
+def test_digits(tmp_path):
+    """Handwritten digits from a folder of images."""
+    from PIL import Image
+    from sklearn.datasets import load_digits
+    from transformers import ViTConfig, ViTForImageClassification
+
+    pixels, classes = load_digits(return_X_y=True)
+    for number in range(20):
+        file = tmp_path / "digits" / "train" / str(classes[number]) / f"{number}.png"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray((pixels[number].reshape(8, 8) * 15.9).astype("uint8")).save(file)
+    names = {"id2label": {k: str(k) for k in range(10)}, "label2id": {str(k): k for k in range(10)}}
+    size = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2}
+    model = ViTForImageClassification(ViTConfig(**size, **names, image_size=8, patch_size=2, num_channels=1))
+    model.save_pretrained(tmp_path / "model")
+    recipe = {"estimator": "fisher", "model": str(tmp_path / "model"), "data": str(tmp_path / "digits")}
+    exact = found(recipe, tmp_path / "f", labels="exact", examples=5)
+    assert exact.keys() == load_weights(tmp_path / "model").keys()
+    assert all((values > 0).any() for name, values in exact.items() if "key.bias" not in name)
+
+
 def test_same_seed_same_bytes(writer, tmp_path):
     assert digests(hf_fuse.learn(writer, tmp_path / "a" / "f")) == digests(hf_fuse.learn(writer, tmp_path / "b" / "f"))
     one, two = load_file(tmp_path / "a" / "f" / "fisher.safetensors"), found(writer, tmp_path / "c", seed=1)
@@ -117,13 +172,7 @@ def test_from_the_command_line_into_a_merge(writer, tmp_path, capsys):
     assert "output" not in record
     model = {"path": writer["model"], "statistics": str(tmp_path / "f")}
     merged = hf_fuse.merge({"method": "fisher", "models": [model]}, tmp_path / "merged")
-    torch.testing.assert_close(load_weights(merged), load_weights_of(writer))
-
-
-def load_weights_of(recipe):
-    from pathlib import Path
-
-    return load_weights(Path(recipe["model"]))
+    torch.testing.assert_close(load_weights(merged), load_weights(Path(writer["model"])))
 
 
 @pytest.mark.parametrize(
