@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 from transformers import Trainer
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.trainer_utils import EvalLoopOutput
 
 from hf_fuse.batch_counts import IGNORED, PREDICTIONS, TOKENS, UNITS, count, labels_of, masked, repeated_samples
@@ -90,6 +91,7 @@ class FuseTrainer(Trainer):
         _check_arguments(model, args)
         if peft_config is not None:
             model = _with_adapter(model, peft_config)
+        _name_causal_loss(model)
         self.task_weight, self.objectives = args.read_objectives()
         super().__init__(model, args, **trainer_arguments)
         self._check_model()
@@ -357,3 +359,17 @@ def _with_adapter(model: Any, peft_config: PeftConfig) -> nn.Module:
     if isinstance(model, PeftModel):
         raise FuseError("The model has an adapter already. Give either a PeftModel or a peft_config, not both.")
     return get_peft_model(model, peft_config)
+
+
+def _name_causal_loss(model: Any) -> None:
+    """Sets ``loss_type`` of causal language models whose class name doesn't tell it (``GPT2LMHeadModel``).
+
+    They fall back to this loss anyway, but by ``loss_type`` the Trainer decides whether labels are to be shifted.
+    """
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    config = getattr(base, "config", None)
+    # XLM and XLNet are listed too, but compute a loss of their own that doesn't shift.
+    listed = type(base).__name__ in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()
+    own_loss = getattr(config, "model_type", None) in ("xlm", "xlnet")
+    if listed and not own_loss and base.loss_type is None and not config.is_encoder_decoder:
+        base.loss_type = "ForCausalLM"

@@ -13,9 +13,10 @@ from distill_cases import CASES, KL, another, make_trainer
 from safetensors.torch import load_file
 from tiny_models import save_tokenizer
 from training_cases import bert, llama, mixlora, train
-from transformers import AutoTokenizer, Gemma2Config, Gemma2ForCausalLM
+from transformers import AutoTokenizer, Gemma2Config, Gemma2ForCausalLM, GPT2Config, GPT2LMHeadModel
 
 from hf_fuse import DistillConfig, DistillTrainer, FuseConfig
+from hf_fuse.distill.methods.pld import pld
 from hf_fuse.errors import FuseError, RecipeError
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*gradient_checkpointing.*:FutureWarning")
@@ -51,6 +52,27 @@ def test_a_plain_loop_gives_the_same(tmp_path):
     _, trained = train(trainer)
     for name, parameter in student.named_parameters():
         assert (parameter - trained[name]).abs().max() < 1e-6, name
+
+
+def gpt2(seed=0):
+    torch.manual_seed(seed)
+    still = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0, "bos_token_id": 1, "eos_token_id": 2}
+    return GPT2LMHeadModel(GPT2Config(vocab_size=32, n_embd=16, n_layer=1, n_head=2, initializer_range=0.2, **still))
+
+
+def test_labels_are_shifted_for_models_whose_name_does_not_tell(tmp_path):
+    given = {"model": gpt2, "teacher": lambda: gpt2(1), "objectives": {"pld": 1.0}, "max_steps": 1}
+    trainer = make_trainer("language", tmp_path, 8, 1, **given)
+    batch = trainer.data_collator(trainer.train_dataset[:8])
+    labels, mask = batch["labels"][:, 1:], batch["attention_mask"]
+    kept = labels != -100
+    with torch.no_grad():
+        ours, theirs = (gpt2(seed)(batch["input_ids"], attention_mask=mask).logits[:, :-1][kept] for seed in (0, 1))
+    logs, _ = train(trainer)
+    assert logs[0]["task_loss"] == pytest.approx(F.cross_entropy(ours, labels[kept]).item(), rel=1e-5)
+    assert logs[0]["pld"] == pytest.approx((pld(ours, theirs, labels[kept]) / kept.sum()).item(), rel=1e-5)
+    chunks = train(make_trainer("language", tmp_path, 8, 1, chunk_size=5, **given))
+    same(train(make_trainer("language", tmp_path, 2, 4, **given)), chunks)
 
 
 @pytest.mark.parametrize("case", CASES)
