@@ -64,6 +64,13 @@ def loss_table() -> str:
     return "\n".join(lines)
 
 
+def distillation_table() -> str:
+    """All distillation methods and their options."""
+    methods = [registry.get("distill", name) for name in registry.names("distill")]
+    rows = [f"| {_linked(m.name, m.paper)} | {m.summary} | {_listed(m.options)} |" for m in methods]
+    return "\n".join(["| method | what it does | options |", "|---|---|---|", *rows])
+
+
 def _linked(name: str, paper: str | None) -> str:
     return f"[`{name}`]({paper})" if paper else f"`{name}`"
 
@@ -72,7 +79,7 @@ def _listed(names) -> str:
     return ", ".join(f"`{name}`" for name in names)
 
 
-TABLES = {"methods": merge_table, "adapters": adapter_table, "losses": loss_table}
+TABLES = {"methods": merge_table, "adapters": adapter_table, "losses": loss_table, "distillation": distillation_table}
 
 
 def with_tables(text: str) -> str:
