@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from hf_fuse.batch_counts import PREDICTIONS, labels_of
+from hf_fuse.batch_counts import IGNORED, PREDICTIONS, labels_of
 from hf_fuse.distill.chunked import chunked_sum
 from hf_fuse.distill.config import DistillConfig, is_distillation
 from hf_fuse.distill.teachers import (
@@ -87,7 +87,14 @@ class DistillTrainer(FuseTrainer):
     def named_tensors(self, needed: set[str], model: nn.Module, inputs: dict[str, Any], outputs: Any) -> dict[str, Any]:
         return super().named_tensors(needed, model, inputs, outputs) | {"distilled": self._distilled}
 
-    def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):  # noqa: ANN001, ANN201
+    def prediction_step(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        prediction_loss_only: bool,
+        ignore_keys: list[str] | None = None,
+    ) -> tuple:
+        # Only what is gathered for metrics is worth whole logits.
         self._logits_wanted = not prediction_loss_only
         try:
             return super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
@@ -98,16 +105,16 @@ class DistillTrainer(FuseTrainer):
         weights = self._weights(model.training)
         methods = [objective for objective in self._methods if objective.name in weights]
         labels, shifted = labels_of(inputs, shifted=self._loss_shifts_labels)
-        if methods and labels is None:
+        if labels is None and (methods or self.args.chunk_size):
             raise FuseError(f"Distillation needs labels to know the predictions; the batch has {', '.join(inputs)}.")
         if self.args.chunk_size and not self._logits_wanted:
             return self._forward_in_chunks(model, inputs, methods)
         # Before the student's pass: switching adapters must not fall between it and its backward pass.
-        teacher_logits = [teacher.logits(inputs) for teacher in self.teachers] if methods else []
+        teachers = self.teachers if methods else []
+        teacher_NV = [kept_predictions(each.logits(inputs), labels, shifted=shifted)[0] for each in teachers]
         task, router_loss, outputs = super()._forward(model, inputs)
         if methods:
             student_NV, labels_N = kept_predictions(outputs.logits, labels, shifted=shifted)
-            teacher_NV = [kept_predictions(logits, labels, shifted=shifted)[0] for logits in teacher_logits]
             sums_M = self._sums(methods, student_NV, teacher_NV, class_indices(labels_N))
             self._keep(methods, sums_M, len(labels_N))
         return task, router_loss, outputs
@@ -117,20 +124,20 @@ class DistillTrainer(FuseTrainer):
     ) -> tuple[Tensor, Tensor | None, Any]:
         """As :meth:`_forward`, but the losses are computed in the place of the output layer, chunk by chunk."""
         labels, shifted = labels_of(inputs, shifted=self._loss_shifts_labels)
-        teacher_hidden = [teacher.hidden(inputs) for teacher in self.teachers] if methods else []
+        teachers = self.teachers if methods else []
+        teacher_ND = [kept_predictions(each.hidden(inputs), labels, shifted=shifted)[0] for each in teachers]
         head = self._base.get_output_embeddings().forward
         sums = None
 
         def loss(hidden_ND: Tensor, labels_N: Tensor, *teacher_ND: Tensor) -> Tensor:
             student_NV = head(hidden_ND)
-            teacher_NV = [teacher.head(rows_ND) for teacher, rows_ND in zip(self.teachers, teacher_ND)]
+            teacher_NV = [teacher.head(rows_ND) for teacher, rows_ND in zip(teachers, teacher_ND)]
             task = F.cross_entropy(student_NV.float(), labels_N, reduction="sum")
             return torch.cat([task[None], self._sums(methods, student_NV, teacher_NV, labels_N)])
 
         def losses_for_logits(hidden_BSD: Tensor) -> Tensor:
             nonlocal sums
             hidden_ND, labels_N = kept_predictions(hidden_BSD, labels, shifted=shifted)
-            teacher_ND = [kept_predictions(hidden, labels, shifted=shifted)[0] for hidden in teacher_hidden]
             sums = chunked_sum(loss, hidden_ND, labels_N, *teacher_ND, chunk_size=self.args.chunk_size)
             return sums[None, None]
 
@@ -140,11 +147,11 @@ class DistillTrainer(FuseTrainer):
         if not self._head_checked:
             check_unchanged(sums[None, None], outputs.logits, self._base)
             self._head_checked = True
-        count = int((labels[..., 1:] if shifted else labels).ne(-100).sum())
+        count = int((labels[..., 1:] if shifted else labels).ne(IGNORED).sum())
         # Wrappers look for the graph in what the model returns, not in what was kept aside.
-        task, *_ = sums = outputs.logits[0, 0]
+        sums = outputs.logits[0, 0]
         self._keep(methods, sums[1:], count)
-        task, router_loss = self._without_router_loss(task / max(count, 1), outputs, apart=True)
+        task, router_loss = self._without_router_loss(sums[0] / max(count, 1), outputs, apart=True)
         return task, router_loss, without(outputs, {"logits"})
 
     def _sums(self, methods: list[Objective], student_NV: Tensor, teacher_NV: list[Tensor], labels_N: Tensor) -> Tensor:
