@@ -94,3 +94,21 @@ def test_no_tensor_is_tokens_times_vocabulary(name):
     with Largest() as largest:
         loss(*rows).backward()
     assert largest.size >= ROWS * TOKENS
+
+
+@pytest.mark.parametrize("name", registry.names("distill"))
+def test_no_logits_are_held_until_the_backward_pass(name):
+    student, teacher, rows = layers_and_rows()
+    loss = loss_of(name, student, teacher)
+    held = []
+
+    def kept(value):
+        held.append(value.numel())
+        return value
+
+    with torch.autograd.graph.saved_tensors_hooks(kept, lambda value: value):
+        chunked_sum(loss, *rows, chunk_size=2)
+    assert sum(held) == sum(row.numel() for row in rows)  # views of what came in
+    with torch.autograd.graph.saved_tensors_hooks(kept, lambda value: value):
+        loss(*rows)
+    assert sum(held) > ROWS * TOKENS
