@@ -54,7 +54,7 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     )  # fmt: skip
     ViTForImageClassification(vit).save_pretrained(folder / "vit")
     source, docs, _ = stdlib_domains(source_characters=100_000)
-    texts = [document[start : start + LENGTH - 2] for document in docs.train for start in range(0, 200, LENGTH)]
+    texts = [document[start : start + LENGTH - 2] for document in docs.train for start in range(0, 800, LENGTH)]
     write_rows(folder / "docs.jsonl", [{"text": text} for text in texts if text][:48])
     lines = [
         {"text": document[:40], "label": name}
@@ -414,7 +414,7 @@ def test_a_dry_run_checks_and_leaves_nothing(home, tmp_path, capsys):
     arguments = ["train", str(tmp_path / "recipe.yaml"), "--output", str(tmp_path / "out"), "--dry-run"]
     cli.app([*arguments, "--adapter.r", "2"], standalone_mode=False)
     said = capsys.readouterr()
-    assert said.out == "" and "training 320 of" in said.err and "25 rows" in said.err
+    assert said.out == "" and "training 320 of" in said.err and "48 rows" in said.err
     assert [path.name for path in tmp_path.iterdir()] == ["recipe.yaml"]
     with pytest.raises(RecipeError, match="--adaptor.r: no such option or recipe key. Did you mean 'adapter'"):
         cli.app([*arguments, "--adaptor.r", "2"], standalone_mode=False)
