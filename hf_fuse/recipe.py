@@ -295,6 +295,8 @@ def load_recipe(source: str | Path | dict | Recipe, overrides: dict[str, Any] | 
         # What mergekit has no word for may be said with ours, on the command line or in the file.
         ours = {key: data.pop(key) for key in OURS if key in data}
         data = translate(data, name) | ours
+    elif "estimator" in data and "method" not in data:
+        raise RecipeError(f"{name}: has an estimator, as a recipe for learning. Run it with hf-fuse learn.")
     elif "experts" in data and "method" not in data:
         raise RecipeError(
             f"{name}: has experts and no method, as mergekit-moe's files do. Expected a merge: method and models."

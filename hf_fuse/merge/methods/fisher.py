@@ -54,6 +54,7 @@ def fisher(
             become the mean. The authors' code has 1e-6.
 
     The authors keep the head of one model; a filter on ``weight`` does that here.
+    It is for fine-tunes of one well-trained base: models that grew far apart come out worse than their mean.
     """
     factor_K = models_KN.new_tensor(weight)
     if state is not None:

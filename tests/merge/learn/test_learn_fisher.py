@@ -196,6 +196,8 @@ def test_what_is_wrong_is_said_and_nothing_is_left(writer, tmp_path, change, mes
 
 
 def test_output(writer, tmp_path):
+    with pytest.raises(RecipeError, match="Run it with hf-fuse learn"):
+        hf_fuse.plan(writer)
     with pytest.raises(RecipeError, match="no folder is given"):
         hf_fuse.learn(writer)
     (tmp_path / "f").mkdir()
