@@ -15,6 +15,7 @@ import inspect
 import math
 import re
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -113,6 +114,8 @@ def read_objectives(
     Raises:
         RecipeError: unknown loss, option or schedule key (the nearest name is given), or a value out of range.
     """
+    if not isinstance(settings, Mapping):
+        raise RecipeError(f"objectives is {settings!r}, expected a mapping of names to weights: {{logit_z: 0.0001}}.")
     task, found = Schedule(1.0, 1.0), []
     for name, entry in settings.items():
         where = f"objectives.{name}"
@@ -196,8 +199,9 @@ def _schedule(entry: Any, where: str) -> Schedule:
 
 def _number(value: Any, where: str, expected: str) -> float:
     # YAML 1.1 reads 1e-4 as text.
-    if isinstance(value, str) and re.fullmatch(r"[-+]?[\d.]+(e[-+]?\d+)?", value.strip(), re.IGNORECASE):
-        value = float(value)
+    if isinstance(value, str):
+        with suppress(ValueError):
+            value = float(value)
     if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
         raise RecipeError(f"{where} is {value!r}, expected {expected}.")
     return float(value)

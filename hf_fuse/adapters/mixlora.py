@@ -13,7 +13,7 @@ from transformers.activations import ACT2FN
 from hf_fuse.adapters._peft import register
 from hf_fuse.adapters.experts import FeedForwardExperts, LinearExperts, PlainLora
 from hf_fuse.adapters.ffn_families import Family, computes, family_of
-from hf_fuse.adapters.routed_config import LoraSettings, RoutedLoraConfig
+from hf_fuse.adapters.routed_config import LoraSettings, RoutedLoraConfig, is_count
 from hf_fuse.adapters.routed_layer import RoutedLayer
 from hf_fuse.adapters.routed_tuner import RoutedLoraModel, in_feed_forward
 
@@ -105,8 +105,11 @@ class MixLoraConfig(RoutedLoraConfig):
         self._expect(
             "act_fn", self.act_fn is None or self.act_fn in ACT2FN, "a name of transformers.activations.ACT2FN"
         )
-        if self.expert_lora is not None and not (self.expert_lora.keys() & set(_EXPERT_LORA)):
-            self._expect("expert_lora", False, f"a dict with some of {', '.join(_EXPERT_LORA)}")
+        if (own := self.expert_lora) is not None:
+            fits = isinstance(own, dict) and bool(own.keys() & set(_EXPERT_LORA))
+            fits = fits and is_count(own.get("r", 1)) and 0 <= own.get("lora_dropout", 0) < 1
+            expected = f"a dict with some of {', '.join(_EXPERT_LORA)}; r an integer >= 1, lora_dropout in [0, 1)"
+            self._expect("expert_lora", fits, expected)
 
     def routing_options(self, training: bool = False) -> dict[str, Any]:
         options = super().routing_options(training)

@@ -131,12 +131,10 @@ class RoutedLoraConfig(PeftConfig):
 
     def _check(self) -> None:
         experts = self.num_experts if isinstance(self.num_experts, list) else [self.num_experts]
-        self._expect(
-            "num_experts", bool(experts) and all(map(_is_count, experts)), "an integer >= 1, or a list of them"
-        )
-        self._expect("num_experts_pattern", all(map(_is_count, self.num_experts_pattern.values())), "integers >= 1")
-        self._expect("rank_pattern", all(map(_is_count, self.rank_pattern.values())), "integers >= 1")
-        self._expect("r", _is_count(self.r), "an integer >= 1")
+        self._expect("num_experts", bool(experts) and all(map(is_count, experts)), "an integer >= 1, or a list of them")
+        self._expect("num_experts_pattern", all(map(is_count, self.num_experts_pattern.values())), "integers >= 1")
+        self._expect("rank_pattern", all(map(is_count, self.rank_pattern.values())), "integers >= 1")
+        self._expect("r", is_count(self.r), "an integer >= 1")
         self._expect("lora_dropout", 0 <= self.lora_dropout < 1, "a number in [0, 1)")
         self._expect("lora_init", self.lora_init in ("original", "gaussian"), "'original' or 'gaussian'")
         self._expect("router_init_range", self.router_init_range >= 0, "a number >= 0")
@@ -159,7 +157,7 @@ class RoutedLoraConfig(PeftConfig):
                 self._check_choices(name, min([*experts, *self.num_experts_pattern.values()]))
 
     def _check_choices(self, name: str, fewest: int) -> None:
-        fits = _is_count(getattr(self, name)) and getattr(self, name) <= fewest
+        fits = is_count(getattr(self, name)) and getattr(self, name) <= fewest
         self._expect(name, fits, f"1 to {fewest}, the (smallest) number of experts of a router")
 
     def _expect(self, name: str, fulfilled: bool, expected: str) -> None:
@@ -184,7 +182,9 @@ class RoutedLoraConfig(PeftConfig):
             return self.num_experts
         layer = layer_index(key)
         if layer is None:
-            raise ValueError(f"num_experts is a list, but {key} is in no numbered layer. Use num_experts_pattern.")
+            raise ValueError(
+                f"num_experts is a list, but {key} is in no numbered layer. Use num_experts_pattern or exclude_modules."
+            )
         if num_layers % len(self.num_experts):
             raise ValueError(
                 f"num_experts has {len(self.num_experts)} entries for {num_layers} layers, expected a number that "
@@ -235,8 +235,8 @@ class RoutedLoraConfig(PeftConfig):
         return load_balance(logits, attention_mask, weights, reduction=self.aux_reduction)
 
 
-def _is_count(value: Any) -> bool:
-    return isinstance(value, int) and value >= 1
+def is_count(value: Any) -> bool:
+    return type(value) is int and value >= 1
 
 
 def layer_index(key: str) -> int | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 from peft.tuners.tuners_utils import BaseTuner, _maybe_include_all_linear_layers, check_target_module_exists
@@ -38,7 +39,12 @@ class RoutedLoraModel(BaseTuner):
         modules = dict(model.named_modules())
         self.num_layers = 1 + max((index for key in modules if (index := layer_index(key)) is not None), default=0)
         if peft_config.target_modules in ("all-linear", "feed-forward"):
-            peft_config.target_modules = self._linear_names(peft_config, model, modules)
+            names = self._linear_names(peft_config, model, modules)
+            # By their last parts: whole names bypass layers_to_transform.
+            ends = replace(
+                peft_config, target_modules={name.rpartition(".")[2] for name in names}, exclude_modules=None
+            )
+            peft_config.target_modules = {name for name in names if check_target_module_exists(ends, name)}
         _refuse_expert_stacks(peft_config, modules)
 
     def _linear_names(self, config: RoutedLoraConfig, model: nn.Module, modules: dict[str, nn.Module]) -> set[str]:

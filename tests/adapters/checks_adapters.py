@@ -379,9 +379,10 @@ def check_modules_to_save(adapter: Adapter, tmp_path: Path):
 
 
 def check_chosen_layers(adapter: Adapter, tmp_path: Path):
-    model = get_peft_model(llama(), adapter.config(layers_to_transform=[1]))
-    names = [name for name in model.state_dict() if ".default." in f"{name}."]
-    assert names and all(".layers.1." in name for name in names)
+    for targets in ({}, {"target_modules": None}):  # as given, and the adapter's own
+        model = get_peft_model(llama(), adapter.config(layers_to_transform=[1], **targets))
+        names = [name for name in model.state_dict() if ".default." in f"{name}."]
+        assert names and all(".layers.1." in name for name in names)
 
 
 def check_wrong_targets(adapter: Adapter, tmp_path: Path):

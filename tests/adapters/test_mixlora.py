@@ -449,6 +449,7 @@ def test_split_feed_forward_layers_get_a_router_per_projection():
         ({"num_experts_pattern": {"layers.0.mlp": 1}}, r"top_k is 2, expected 1 to 1"),
         ({"top_k": 1.5}, r"top_k is 1.5"),
         ({"num_experts": 0}, r"num_experts is 0"),
+        ({"num_experts": True}, r"num_experts is True, expected an integer"),
         ({"num_experts": "8"}, r"num_experts is '8', expected an integer >= 1, or a list of them"),
         ({"rank_pattern": {"q_proj": 0}}, r"rank_pattern"),
         ({"routing_strategy": "mixlroa"}, r"routing_strategy: there is no 'mixlroa'. Did you mean 'mixlora'"),
@@ -460,6 +461,9 @@ def test_split_feed_forward_layers_get_a_router_per_projection():
         ({"act_fn": "no_such"}, r"act_fn is 'no_such'"),
         ({"bias": "all"}, r"bias is 'all', expected 'none'"),
         ({"expert_lora": {"rank": 3}}, r"expert_lora is .* expected a dict with some of r, lora_alpha"),
+        ({"expert_lora": [8]}, r"expert_lora is \[8\], expected a dict"),
+        ({"expert_lora": {"r": 0}}, r"expert_lora is .* r an integer >= 1"),
+        ({"expert_lora": {"lora_dropout": 1.5}}, r"expert_lora is .* lora_dropout in \[0, 1\)"),
         ({"target_parameters": ["experts.down_proj"]}, r"target_parameters"),
     ],
 )
