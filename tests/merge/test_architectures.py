@@ -6,7 +6,7 @@ import copy
 
 import pytest
 import torch
-from checks_merge import PARAMETERS, assert_same, count_of, method_names, needs_base
+from checks_merge import assert_same, count_of, method_names, run
 from torch import Tensor
 
 from hf_fuse import merge_state_dicts
@@ -62,10 +62,7 @@ def test_every_method_gives_a_model_that_runs(kind):
     before = run_forward(kind, model)
     target = copy.deepcopy(model)
     for name in method_names():
-        merged = merge_state_dicts(
-            tuned[: count_of(name)], name, base=base if needs_base(name) else None,
-            parameters=PARAMETERS.get(name), workers=1,
-        )  # fmt: skip
+        merged = run(name, base, tuned[: count_of(name)], workers=1)
         assert merged.keys() == base.keys(), name
         for key, tensor in merged.items():
             assert tensor.dtype == base[key].dtype and tensor.shape == base[key].shape, (name, key)
