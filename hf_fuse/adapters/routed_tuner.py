@@ -38,13 +38,22 @@ class RoutedLoraModel(BaseTuner):
     def _prepare_model(self, peft_config: RoutedLoraConfig, model: nn.Module) -> None:
         modules = dict(model.named_modules())
         self.num_layers = 1 + max((index for key in modules if (index := layer_index(key)) is not None), default=0)
-        if peft_config.target_modules in ("all-linear", "feed-forward"):
+        wanted = peft_config.target_modules
+        if wanted in ("all-linear", "feed-forward"):
             names = self._linear_names(peft_config, model, modules)
             # By their last parts: whole names bypass layers_to_transform.
             ends = replace(
                 peft_config, target_modules={name.rpartition(".")[2] for name in names}, exclude_modules=None
             )
             peft_config.target_modules = {name for name in names if check_target_module_exists(ends, name)}
+            if not peft_config.target_modules:
+                layers = (
+                    "" if peft_config.layers_to_transform is None else f" in layers {peft_config.layers_to_transform}"
+                )
+                raise ValueError(
+                    f"target_modules: {type(model).__name__} has no Linear modules of the kind {wanted!r}{layers}. Name "
+                    "them in target_modules, as for LoRA, or check layers_to_transform."
+                )
         _refuse_expert_stacks(peft_config, modules)
 
     def _linear_names(self, config: RoutedLoraConfig, model: nn.Module, modules: dict[str, nn.Module]) -> set[str]:

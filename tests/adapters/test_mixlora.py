@@ -479,6 +479,8 @@ def test_targets_as_moe_peft_writes_them():
 def test_wrong_targets():
     with pytest.raises(TypeError, match="Embedding cannot have LoRA experts"):
         get_peft_model(llama(), config(target_modules=["embed_tokens"]))
+    with pytest.raises(ValueError, match=r"LlamaForCausalLM has no Linear .* kind 'all-linear' in layers \[7\]"):
+        get_peft_model(llama(), config(target_modules=None, layers_to_transform=[7]))
 
 
 class Int8Linear(torch.nn.Module):
