@@ -47,12 +47,11 @@ class RoutedLoraModel(BaseTuner):
             )
             peft_config.target_modules = {name for name in names if check_target_module_exists(ends, name)}
             if not peft_config.target_modules:
-                layers = (
-                    "" if peft_config.layers_to_transform is None else f" in layers {peft_config.layers_to_transform}"
-                )
+                chosen = peft_config.layers_to_transform
+                layers = "" if chosen is None else f" in layers {chosen}"
                 raise ValueError(
-                    f"target_modules: {type(model).__name__} has no Linear modules of the kind {wanted!r}{layers}. Name "
-                    "them in target_modules, as for LoRA, or check layers_to_transform."
+                    f"target_modules: {type(model).__name__} has no Linear modules of the kind {wanted!r}{layers}. "
+                    "Name them as for LoRA, or choose other layers."
                 )
         _refuse_expert_stacks(peft_config, modules)
 
