@@ -177,8 +177,8 @@ def _run(setup: Setup, folder: Path, checkpoint: Path | None, *, lead: bool, ove
             if lead and (left := newest_checkpoint(partial)):
                 print(f"note: {left} is kept; --resume goes on from it.", file=sys.stderr)
             raise
-        _check_finite(model)
         figures = {"train_loss": done.training_loss} | _evaluation(trainer, setup)
+        _check_finite(model, figures)
         model.config.use_cache = uses_cache
         trainer.save_model(str(partial))
         trainer.save_state()
@@ -221,19 +221,23 @@ def _evaluation(trainer: Any, setup: Setup) -> dict[str, float]:
         for key, value in last.items()
         if key.startswith("eval_") and not key.endswith(("_runtime", "_per_second", "_time"))
     }
-    if setup.kind == "text":
+    if setup.kind == "text" and not setup.arguments.label_smoothing_factor:  # else the loss is no cross-entropy
         figures["eval_perplexity"] = math.exp(min(figures["eval_loss"], 700))
     return figures
 
 
-def _check_finite(model: Any) -> None:
+def _check_finite(model: Any, figures: dict[str, float]) -> None:
+    # Weights that are merely huge are finite; what they compute is not.
+    broken = [name for name in ("train_loss", "eval_loss") if not math.isfinite(figures.get(name, 0))]
     for name, parameter in model.named_parameters():
         values = parameter.to_local() if hasattr(parameter, "to_local") else parameter  # a shard of it, under FSDP
         if parameter.requires_grad and not values.isfinite().all():
-            raise FuseError(
-                f"{name}: is no longer finite after training, so nothing is saved. Lower train.learning_rate, or train "
-                "in a wider dtype. The old output, if any, is intact."
-            )
+            broken.append(name)
+    if broken:
+        raise FuseError(
+            f"{broken[0]}: is no longer finite after training, so nothing is saved. Lower train.learning_rate, or "
+            "train in a wider dtype. The old output, if any, is intact."
+        )
 
 
 def _check_count(recipe: TrainingRecipe, count: int) -> None:

@@ -74,7 +74,8 @@ class Setup:
         """The base with its weights, the adapter on it, ready to train.
 
         Raises:
-            FuseError: weights and config disagree, or the base lacks weights that training would start from at random.
+            CheckpointError: weights and config disagree, the base lacks weights that training would start from at
+                random, or the adapter is that of another base.
         """
         from transformers.utils import logging
 
@@ -103,7 +104,15 @@ class Setup:
         import peft
 
         if self.adapter_folder:
-            return peft.PeftModel.from_pretrained(model, self.adapter_folder, is_trainable=True, use_safetensors=True)
+            try:
+                return peft.PeftModel.from_pretrained(
+                    model, self.adapter_folder, is_trainable=True, use_safetensors=True
+                )
+            except (RuntimeError, ValueError, TypeError, KeyError) as error:
+                raise CheckpointError(
+                    f"{self.recipe.model.adapter}: is no adapter for {self.base.ref}: {_first_line(error)[:300]}. Name "
+                    "the base that it was trained on."
+                ) from error
         if self.adapter is None:
             return model
         config = copy.deepcopy(self.adapter)  # PEFT completes it for this model

@@ -409,6 +409,30 @@ def test_a_run_that_diverges_saves_nothing(home, tmp_path, monkeypatch):
     assert list(tmp_path.iterdir()) == []
 
 
+def test_weights_so_large_that_the_loss_is_not_finite(home, tmp_path):
+    recipe = recipe_of(home, LORA, max_steps=2, save_strategy="no", learning_rate=1e30)
+    recipe["data"] = {"train": recipe["data"], "eval": recipe["data"]}
+    with pytest.raises(FuseError, match="eval_loss: is no longer finite after training"):
+        train(recipe, output=tmp_path / "out")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_adapter_of_another_base(home, tmp_path):
+    train(recipe_of(home, LORA, max_steps=1), output=tmp_path / "adapter")
+    tokenizer = AutoTokenizer.from_pretrained(home / "base")
+    tokenizer.save_pretrained(tmp_path / "wider")
+    new_model(ModelSize(hidden=32, layers=1, heads=2, context=LENGTH), tokenizer, 0).save_pretrained(tmp_path / "wider")
+    recipe = recipe_of(home) | {"model": f"{tmp_path / 'wider'}+{tmp_path / 'adapter'}"}
+    with pytest.raises(CheckpointError, match="adapter: is no adapter for .*wider"):
+        train(recipe, output=tmp_path / "out")
+
+
+def test_no_perplexity_of_smoothed_labels(home, tmp_path):
+    recipe = recipe_of(home, LORA, max_steps=1, label_smoothing_factor=0.3)
+    recipe["data"] = {"train": recipe["data"], "eval": recipe["data"]}
+    assert "eval_perplexity" not in train(recipe, output=tmp_path / "out").figures
+
+
 def test_a_dry_run_checks_and_leaves_nothing(home, tmp_path, capsys):
     (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe_of(home, LORA)))
     arguments = ["train", str(tmp_path / "recipe.yaml"), "--output", str(tmp_path / "out"), "--dry-run"]
