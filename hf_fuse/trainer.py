@@ -217,16 +217,20 @@ class FuseTrainer(Trainer):
         return *self._without_router_loss(loss, outputs, apart=apart), outputs
 
     def _without_router_loss(self, loss: Tensor, outputs: Any, *, apart: bool) -> tuple[Tensor, Tensor | None]:
-        """The loss less that of the model's own routers, and the latter, weighted; ``apart``: it was never added."""
-        router_loss = getattr(outputs, "aux_loss", None)
-        if router_loss is None:
-            return loss, None
-        if hasattr(outputs, "aux_loss_folded"):
-            folded, wanted = outputs.aux_loss_folded, True
-        else:
-            router_loss = router_loss.to(loss.device) * (own_balance_weight(self._base) or 0.0)
-            folded, wanted = not apart, self._base.config.get_text_config().output_router_logits
-        return loss - router_loss if folded else loss, router_loss if wanted else None
+        """The loss less those of routers, the base's and an adapter's, and the sum of these, weighted.
+
+        ``apart``: the base never added its own.
+        """
+        adapted = hasattr(outputs, "aux_loss_folded")
+        own, router_loss = getattr(outputs, "base_aux_loss" if adapted else "aux_loss", None), None
+        if own is not None:
+            own = own.to(loss.device) * (own_balance_weight(self._base) or 0.0)
+            loss = loss if apart else loss - own
+            router_loss = own if self._base.config.get_text_config().output_router_logits else None
+        if adapted and outputs.aux_loss is not None:
+            loss = loss - outputs.aux_loss if outputs.aux_loss_folded else loss
+            router_loss = outputs.aux_loss if router_loss is None else router_loss + outputs.aux_loss
+        return loss, router_loss
 
     def _second_forward(self, model: nn.Module, inputs: dict[str, Any]) -> Any:
         """The output for the columns ``second_*``, or for the same inputs under other dropout."""

@@ -24,7 +24,7 @@ from training_cases import (
     train,
 )
 
-from hf_fuse import FuseConfig, FuseTrainer, registry
+from hf_fuse import FuseConfig, FuseTrainer, MolaConfig, registry
 from hf_fuse.errors import CheckpointError, FuseError, RecipeError
 from hf_fuse.objectives import Schedule, read_objectives
 
@@ -246,6 +246,20 @@ def test_an_adapters_balance_loss_counts_once(smoothing, tmp_path):
     assert logs[0]["loss"] == pytest.approx(logs[0]["task_loss"] + logs[0]["aux_loss"], rel=1e-5)
     small, _ = train(make_trainer("mixlora", tmp_path, 1, 8, objectives={}, **changes))
     assert small[0]["aux_loss"] == pytest.approx(logs[0]["aux_loss"], rel=0.1)
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 1e-9])
+def test_the_balance_losses_of_a_mixture_and_of_its_adapter_both_count(smoothing, tmp_path):
+    adapter = MolaConfig(target_modules=["q_proj"], num_experts=4, router_aux_loss_coef=0.5)
+    changes = {"peft_config": lambda: adapter, "objectives": {}, "label_smoothing_factor": smoothing, "max_steps": 1}
+    alone, _ = train(make_trainer("mixtral", tmp_path, 8, 1, **changes))
+    both, _ = train(
+        make_trainer("mixtral", tmp_path, 8, 1, model=lambda: mixtral(output_router_logits=True), **changes)
+    )
+    own = 0.5 * mixtral()(**padded(language_data()[:8]), output_router_logits=True).aux_loss.item()
+    assert both[0]["task_loss"] == pytest.approx(alone[0]["task_loss"], rel=1e-5)
+    assert both[0]["aux_loss"] == pytest.approx(alone[0]["aux_loss"] + own, rel=1e-5)
+    assert both[0]["loss"] == pytest.approx(both[0]["task_loss"] + both[0]["aux_loss"], rel=1e-5)
 
 
 @pytest.mark.parametrize("case", ["mixlora", "mixtral"])

@@ -5,13 +5,15 @@ a task type, DDP or FSDP. Before the pass they put an empty list on every routed
 they take the lists away. What runs outside of that, such as the second pass of gradient checkpointing, evaluation and
 generation, records nothing.
 
-In training the model's output is a subclass of its usual one with four more fields:
+In training the model's output is a subclass of its usual one with five more fields:
 
 ``aux_loss``
     sum of the routers' losses, each times its coefficient; None if there are none.
 ``aux_loss_folded``
     whether ``loss`` contains it: true unless the model was called without ``labels``, as the Trainer does for label
     smoothing and ``compute_loss_func``. Then who makes the loss adds ``label_share(...) * aux_loss``.
+``base_aux_loss``
+    the ``aux_loss`` of a base model that is a mixture of experts itself, which treats it as ever.
 ``router_logits``, ``router_weights``
     per router ``(batch, sequence, experts)``, for losses of one's own.
 
@@ -38,6 +40,7 @@ from hf_fuse.errors import FuseError
 _FIELDS = [
     ("aux_loss", Tensor | None, None),
     ("aux_loss_folded", bool | None, None),
+    ("base_aux_loss", Tensor | None, None),
     ("router_logits", tuple | None, None),
     ("router_weights", tuple | None, None),
 ]
@@ -209,6 +212,7 @@ def _extended(model: nn.Module, inputs: dict, output: Any, aux_loss: Tensor | No
         values = dict(output.items())
         if folded:
             values["loss"] = loss + label_share(model, inputs) * aux_loss.to(loss.device)
+        values["base_aux_loss"] = values.pop("aux_loss", None)
         values |= {"aux_loss": aux_loss, "aux_loss_folded": folded, "router_logits": logits, "router_weights": weights}
         extended = _EXTENDED.get(type(output)) or _extend(type(output))
         return extended(**values)
