@@ -209,8 +209,11 @@ def _config(base: Checkpoint, recipe: TrainingRecipe, kind: str) -> PreTrainedCo
 
 
 def _try_adapter(setup: Setup) -> None:
-    """Puts the adapter on a copy of the model that has shapes and no weights, and counts what would be trained."""
+    """Puts the adapter on a copy of the model that has shapes and no weights, looks whether that can serve the
+    objectives, and counts what would be trained."""
     import torch
+
+    from hf_fuse.loss_inputs import check_needs
 
     with torch.device("meta"):
         model = _loader(KINDS[setup.kind][0]).from_config(copy.deepcopy(setup.config))
@@ -225,6 +228,9 @@ def _try_adapter(setup: Setup) -> None:
         except (RuntimeError, NotImplementedError):
             return  # an adapter that starts from the weights themselves can't be tried without them
     if not setup.adapter_folder:
+        base = model.get_base_model() if setup.adapter else model
+        for objective in setup.arguments.read_objectives()[1]:
+            check_needs(objective, base, setup.data.train, frozenset())
         counts = [(parameter.numel(), parameter.requires_grad) for parameter in model.parameters()]
         setup.trainable = sum(count for count, trained in counts if trained), sum(count for count, _ in counts)
 

@@ -442,3 +442,7 @@ def test_a_dry_run_checks_and_leaves_nothing(home, tmp_path, capsys):
     assert [path.name for path in tmp_path.iterdir()] == ["recipe.yaml"]
     with pytest.raises(RecipeError, match="--adaptor.r: no such option or recipe key. Did you mean 'adapter'"):
         cli.app([*arguments, "--adaptor.r", "2"], standalone_mode=False)
+    with pytest.raises(
+        FuseError, match="objectives.router_z: needs the logits of routers, but LlamaForCausalLM has none"
+    ):
+        cli.app([*arguments, "--adapter", "null", "--train.objectives", "{router_z: 0.1}"], standalone_mode=False)
