@@ -42,8 +42,8 @@ class RoutedLoraConfig(PeftConfig):
         use_rslora (`bool`): Scale by `lora_alpha / sqrt(r)` instead.
         lora_init (`str`): `"original"` (Kaiming uniform) or `"gaussian"` (standard deviation `1 / r`) for A. B is 0.
         num_experts (`Union[int, list[int]]`):
-            Experts per router. A list goes from the first layer to the last in equal parts: `[2, 4, 6, 8]` gives each
-            quarter of the layers its number.
+            Experts per router. A list goes from the first layer to the last in (nearly) equal parts: `[2, 4, 6, 8]`
+            gives each quarter of the layers its number.
         num_experts_pattern (`dict[str, int]`):
             Other numbers for some modules, in the manner of `rank_pattern`.
         rank_pattern (`dict[str, int]`): Module name or regular expression -> rank.
@@ -173,7 +173,7 @@ class RoutedLoraConfig(PeftConfig):
         """Number of experts of the module of that name in a model of ``num_layers`` layers.
 
         Raises:
-            ValueError: ``num_experts`` is a list and the module belongs to no layer, or the parts are not equal.
+            ValueError: ``num_experts`` is a list and the module belongs to no layer, or it is longer than the model.
         """
         pattern = get_pattern_key(self.num_experts_pattern, key)
         if pattern in self.num_experts_pattern:
@@ -185,11 +185,8 @@ class RoutedLoraConfig(PeftConfig):
             raise ValueError(
                 f"num_experts is a list, but {key} is in no numbered layer. Use num_experts_pattern or exclude_modules."
             )
-        if num_layers % len(self.num_experts):
-            raise ValueError(
-                f"num_experts has {len(self.num_experts)} entries for {num_layers} layers, expected a number that "
-                f"divides {num_layers}."
-            )
+        if len(self.num_experts) > num_layers:
+            raise ValueError(f"num_experts has {len(self.num_experts)} entries for {num_layers} layers.")
         return self.num_experts[layer * len(self.num_experts) // num_layers]
 
     def lora_settings(self, key: str, *, expert: bool = True) -> LoraSettings:

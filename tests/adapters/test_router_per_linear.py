@@ -120,8 +120,10 @@ def test_mola_gives_layers_different_numbers_of_experts_and_ranks():
 
 
 def test_lists_of_experts_that_do_not_fit():
-    with pytest.raises(ValueError, match=r"num_experts has 3 entries for 4 layers"):
-        get_peft_model(llama(layers=4), MolaConfig(**SMALL, num_experts=[2, 3, 4]))
+    parts = MolaConfig(**SMALL, num_experts=[2, 3, 4])
+    assert [parts.experts_at(f"layers.{layer}.up_proj", 4) for layer in range(4)] == [2, 2, 3, 4]
+    with pytest.raises(ValueError, match=r"num_experts has 3 entries for 2 layers"):
+        get_peft_model(llama(layers=2), parts)
     with pytest.raises(ValueError, match=r"lm_head is in no numbered layer"):
         get_peft_model(llama(), MolaConfig(**SMALL | {"target_modules": ["lm_head"]}, num_experts=[2, 3]))
 
