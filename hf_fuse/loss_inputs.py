@@ -137,6 +137,11 @@ def check_needs(objective: Objective, model: nn.Module, dataset: Any, extra: fro
             "model with attn_implementation='eager'."
         )
     if "router_logits" in needed or "router_weights" in needed:
+        if getattr(config, "is_encoder_decoder", False):
+            raise FuseError(
+                f"{where}: the routers of {kind}'s encoder and decoder see different tokens, which one mask can't tell "
+                "apart. Give the adapter's own coefficients instead (router_aux_loss_coef, router_z_loss_coef)."
+            )
         own = hasattr(config.get_text_config(), "output_router_logits")
         if not own and not hasattr(model, "peft_config"):
             raise FuseError(

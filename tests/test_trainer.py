@@ -486,6 +486,19 @@ def test_what_can_not_be_given_is_refused_before_training(case, changes, message
         train(trainer)
 
 
+def test_routers_of_encoder_and_decoder_are_no_objective(tmp_path):
+    from peft import get_peft_model
+
+    from hf_fuse import MixLoraConfig
+
+    config = transformers.T5Config(vocab_size=40, d_model=16, d_kv=8, d_ff=24, num_layers=1, num_heads=2)
+    adapter = MixLoraConfig(num_experts=2, top_k=1, r=2, target_modules=["wi", "wo"])
+    model = get_peft_model(transformers.T5ForConditionalGeneration(config), adapter)
+    args = FuseConfig(output_dir=str(tmp_path), use_cpu=True, report_to="none", objectives={"router_z": 1})
+    with pytest.raises(FuseError, match="router_z: the routers of T5.* see different tokens.*router_z_loss_coef"):
+        FuseTrainer(model, args)
+
+
 class _NoStep(transformers.TrainerCallback):
     def on_pre_optimizer_step(self, *args, **kwargs):
         pytest.fail("a step was made")
