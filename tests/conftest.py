@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import sys
 import tempfile
@@ -77,3 +78,9 @@ def tiny_family(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Fam
         return llama_family(folder) if kind == "plain" else transformers_family(kind, folder)
 
     return build
+
+
+def pytest_collection_finish() -> None:
+    # What was imported stays: the garbage collector, which training calls often, need not look through it each time.
+    gc.collect()
+    gc.freeze()
