@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import PeftConfig, PeftModel
+from peft import PeftModel
 from peft.tuners._buffer_dict import BufferDict
 from peft.tuners.tuners_utils import BaseTunerLayer, check_target_module_exists
 from peft.utils import PeftType
@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 from hf_fuse.adapters._peft import register
 from hf_fuse.adapters.low_rank import LowRankLayer, LowRankModel, linear_size
+from hf_fuse.adapters.targeted_config import TargetedConfig
 from hf_fuse.checkpoint.adapter import WEIGHTS, BoundAdapter, is_adapter, open_adapter
 from hf_fuse.checkpoint.adapter_binding import listed
 from hf_fuse.checkpoint.reader import Checkpoint, TensorInfo, file_sha256, resolve
@@ -31,7 +32,7 @@ from hf_fuse.errors import CheckpointError
 
 
 @dataclass
-class AtlasConfig(PeftConfig):
+class AtlasConfig(TargetedConfig):
     """Settings of aTLAS (arXiv 2407.02880) as an adapter.
 
     Args:
@@ -55,16 +56,6 @@ class AtlasConfig(PeftConfig):
     target_modules: list[str] | str | None = field(
         default=None, metadata={"help": "Names of the modules to adapt; by default all that the LoRAs adapt."}
     )
-    exclude_modules: list[str] | str | None = field(default=None, metadata={"help": "Modules left as they are."})
-    modules_to_save: list[str] | None = field(
-        default=None, metadata={"help": "Further modules that are trained and saved, such as a new head."}
-    )
-    layers_to_transform: list[int] | int | None = field(
-        default=None, metadata={"help": "Indices of the only layers to adapt."}
-    )
-    layers_pattern: list[str] | str | None = field(
-        default=None, metadata={"help": "Name of the list of layers, if layers_to_transform does not find it."}
-    )
     revisions: list[str | None] | None = field(default=None, metadata={"help": "Of the LoRAs on the Hub; filled in."})
     sha256: list[str] | None = field(default=None, metadata={"help": "Of the LoRAs' weights; filled in."})
 
@@ -81,9 +72,6 @@ class AtlasConfig(PeftConfig):
         self.task_vectors = [str(vector) for vector in self.task_vectors]
         if len({*self.task_vectors}) < len(self.task_vectors):
             raise ValueError(f"task_vectors: one is listed twice in {self.task_vectors}.")
-        for name in ("target_modules", "exclude_modules"):
-            if isinstance(value := getattr(self, name), list):
-                setattr(self, name, set(value))
 
 
 class AtlasLayer(LowRankLayer):

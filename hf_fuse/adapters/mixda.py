@@ -18,7 +18,7 @@ from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
-from peft import PeftConfig, PeftType
+from peft import PeftType
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, check_target_module_exists
 from torch import Tensor, nn
 
@@ -26,6 +26,7 @@ from hf_fuse.adapters._peft import register
 from hf_fuse.adapters.ffn_families import FAMILIES, is_feed_forward_projection
 from hf_fuse.adapters.last_tokens import EndsReader, stop_telling_ends, tell_ends
 from hf_fuse.adapters.low_rank import linear_size
+from hf_fuse.adapters.targeted_config import TargetedConfig
 
 NO_MERGE = (
     "Domain adapters can't be merged: they are nonlinear and weighed by the input, so there is no one weight matrix "
@@ -34,7 +35,7 @@ NO_MERGE = (
 
 
 @dataclass
-class MixDaConfig(PeftConfig):
+class MixDaConfig(TargetedConfig):
     """Settings of a mixture of domain adapters (arXiv 2306.05406).
 
     Args:
@@ -74,16 +75,6 @@ class MixDaConfig(PeftConfig):
     target_modules: list[str] | str | None = field(
         default=None, metadata={"help": "Linear modules to put adapters beside; by default feed-forward outputs."}
     )
-    exclude_modules: list[str] | str | None = field(default=None, metadata={"help": "Modules left as they are."})
-    modules_to_save: list[str] | None = field(
-        default=None, metadata={"help": "Further modules that are trained and saved, such as a new head."}
-    )
-    layers_to_transform: list[int] | int | None = field(
-        default=None, metadata={"help": "Indices of the only layers to adapt."}
-    )
-    layers_pattern: list[str] | str | None = field(
-        default=None, metadata={"help": "Name of the list of layers, if layers_to_transform does not find it."}
-    )
     # PEFT reads these of every configuration.
     bias: str = field(default="none", metadata={"help": "'none': biases are not trained."})
     target_parameters: list[str] | None = field(default=None, metadata={"help": "Not supported."})
@@ -91,9 +82,6 @@ class MixDaConfig(PeftConfig):
     def __post_init__(self):
         super().__post_init__()
         self.peft_type = PeftType["MIXDA"]
-        for name in ("target_modules", "exclude_modules"):
-            if isinstance(value := getattr(self, name), list):
-                setattr(self, name, set(value))
         for name in ("num_domains", "down_scale", "gate_size", "gate_layers", "task_reduction"):
             self._expect(name, type(getattr(self, name)) is int and getattr(self, name) >= 1, "an integer >= 1")
         self._expect("stage", self.stage in ("domain", "task"), "'domain' or 'task'")

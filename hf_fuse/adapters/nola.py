@@ -12,12 +12,12 @@ import hashlib
 from dataclasses import dataclass, field
 
 import torch
-from peft import PeftConfig
 from peft.utils import PeftType
 from torch import Tensor, nn
 
 from hf_fuse.adapters._peft import register
 from hf_fuse.adapters.low_rank import LowRankLayer, LowRankModel
+from hf_fuse.adapters.targeted_config import TargetedConfig
 
 # Elements of the random matrices that exist at a time: few enough for a processor's cache, enough for a GPU.
 CHUNK = {"cpu": 1 << 16}
@@ -25,7 +25,7 @@ GPU_CHUNK = 1 << 24
 
 
 @dataclass
-class NolaConfig(PeftConfig):
+class NolaConfig(TargetedConfig):
     """Settings of NOLA (arXiv 2310.02556).
 
     Args:
@@ -45,20 +45,6 @@ class NolaConfig(PeftConfig):
     lora_alpha: float = field(default=8, metadata={"help": "The change is scaled by lora_alpha / r."})
     lora_dropout: float = field(default=0.0, metadata={"help": "Dropout of the change's input."})
     seed: int = field(default=0, metadata={"help": "Of the random matrices."})
-    target_modules: list[str] | str | None = field(
-        default=None,
-        metadata={"help": "Names of the Linear modules to adapt, a regular expression of them, or 'all-linear'."},
-    )
-    exclude_modules: list[str] | str | None = field(default=None, metadata={"help": "Modules left as they are."})
-    modules_to_save: list[str] | None = field(
-        default=None, metadata={"help": "Further modules that are trained and saved, such as a new head."}
-    )
-    layers_to_transform: list[int] | int | None = field(
-        default=None, metadata={"help": "Indices of the only layers to adapt."}
-    )
-    layers_pattern: list[str] | str | None = field(
-        default=None, metadata={"help": "Name of the list of layers, if layers_to_transform does not find it."}
-    )
 
     target_parameters = None
     bias = "none"
@@ -74,9 +60,6 @@ class NolaConfig(PeftConfig):
             raise ValueError(f"lora_dropout is {self.lora_dropout!r}, expected a probability below 1.")
         if type(self.seed) is not int:
             raise ValueError(f"seed is {self.seed!r}, expected an integer.")
-        for name in ("target_modules", "exclude_modules"):
-            if isinstance(value := getattr(self, name), list):
-                setattr(self, name, set(value))
 
 
 class NolaLayer(LowRankLayer):

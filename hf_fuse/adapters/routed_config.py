@@ -7,11 +7,12 @@ import re
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal, NamedTuple
 
-from peft import PeftConfig, PeftType
+from peft import PeftType
 from peft.utils.other import get_pattern_key
 from torch import Tensor
 
 from hf_fuse.adapters import routing
+from hf_fuse.adapters.targeted_config import TargetedConfig
 from hf_fuse.losses.load_balance import load_balance
 from hf_fuse.losses.router_z import router_z
 from hf_fuse.registry import nearest
@@ -28,7 +29,7 @@ class LoraSettings(NamedTuple):
 
 
 @dataclass
-class RoutedLoraConfig(PeftConfig):
+class RoutedLoraConfig(TargetedConfig):
     """Fields of every adapter whose LoRA experts are chosen by a router. The subclasses set the defaults.
 
     Args:
@@ -77,9 +78,6 @@ class RoutedLoraConfig(PeftConfig):
         default=None,
         metadata={"help": "Names of Linear modules, a regular expression, 'all-linear' or 'feed-forward'."},
     )
-    exclude_modules: list[str] | str | None = field(
-        default=None, metadata={"help": "Names of modules, or a regular expression, that are not adapted."}
-    )
     lora_alpha: float = field(default=16, metadata={"help": "The experts' outputs are scaled by lora_alpha / r."})
     lora_dropout: float = field(default=0.0, metadata={"help": "Dropout of the experts' input."})
     use_rslora: bool = field(default=False, metadata={"help": "Scale by lora_alpha / sqrt(r) instead."})
@@ -106,27 +104,14 @@ class RoutedLoraConfig(PeftConfig):
         default="global", metadata={"help": "How the load balance goes over layers: 'global', 'per_layer' or 'sum'."}
     )
     bias: str = field(default="none", metadata={"help": "'none': biases are not trained."})
-    modules_to_save: list[str] | None = field(
-        default=None, metadata={"help": "Further modules that are trained and saved, such as a new head."}
-    )
-    layers_to_transform: list[int] | int | None = field(
-        default=None, metadata={"help": "Indices of the only layers to adapt."}
-    )
-    layers_pattern: list[str] | str | None = field(
-        default=None, metadata={"help": "Name of the list of layers, if layers_to_transform does not find it."}
-    )
     # PEFT reads it of every configuration.
     target_parameters: list[str] | None = field(default=None, metadata={"help": "Not supported."})
 
     def __post_init__(self):
-        super().__post_init__()
-        self.peft_type = PeftType[self.method.upper()]
         if isinstance(self.target_modules, dict):  # MoE-PEFT: name -> whether it is adapted
             self.target_modules = [name for name, adapted in self.target_modules.items() if adapted]
-        if isinstance(self.target_modules, list):
-            self.target_modules = set(self.target_modules)
-        if isinstance(self.exclude_modules, list):
-            self.exclude_modules = set(self.exclude_modules)
+        super().__post_init__()
+        self.peft_type = PeftType[self.method.upper()]
         self._check()
 
     def _check(self) -> None:
