@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from peft import LoraConfig
 from safetensors.torch import save_file
-from training_cases import bert, classes_data, language_data, llama, padded, train
+from training_cases import bert, classes_data, language_data, llama, padded, three_steps, train
 
 from hf_fuse import DistillConfig, DistillTrainer
 
@@ -60,15 +60,7 @@ def make_trainer(case: str, output: Path, batch: int, accumulation: int, **chang
     own = {key: settings.pop(key) for key in ("compute_metrics", "processing_class", "teacher_tokenizer",
                                               "compute_loss_func") if key in settings}  # fmt: skip
     own["peft_config"] = settings.pop("peft_config", lambda: None)()
-    args = DistillConfig(
-        **{
-            "output_dir": str(output), "max_steps": 3, "learning_rate": 0.1, "optim": "sgd",
-            "lr_scheduler_type": "constant", "max_grad_norm": 0.0, "per_device_train_batch_size": batch,
-            "gradient_accumulation_steps": accumulation, "per_device_eval_batch_size": max(batch, 3), "use_cpu": True,
-            "train_sampling_strategy": "sequential", "logging_steps": 1, "save_strategy": "no", "report_to": "none",
-            "disable_tqdm": True, "dataloader_pin_memory": False,
-        } | settings
-    )  # fmt: skip
+    args = DistillConfig(**three_steps(output, batch, accumulation) | settings)
     return DistillTrainer(
         model,
         args,

@@ -126,6 +126,17 @@ BATCH_CASES: dict[str, dict[str, Any]] = {
 BATCH_CASES |= {f"{name}_smoothing": case | {"label_smoothing_factor": 0.1} for name, case in BATCH_CASES.items()}
 
 
+def three_steps(output: Path, batch: int, accumulation: int) -> dict[str, Any]:
+    """Training arguments for three steps of plain SGD over the data as they stand."""
+    return {
+        "output_dir": str(output), "max_steps": 3, "learning_rate": 0.1, "optim": "sgd",
+        "lr_scheduler_type": "constant", "max_grad_norm": 0.0, "per_device_train_batch_size": batch,
+        "gradient_accumulation_steps": accumulation, "per_device_eval_batch_size": max(batch, 3), "use_cpu": True,
+        "train_sampling_strategy": "sequential", "logging_steps": 1, "save_strategy": "no", "report_to": "none",
+        "disable_tqdm": True, "dataloader_pin_memory": False,
+    }  # fmt: skip
+
+
 def make_trainer(case: str, output: Path, batch: int, accumulation: int, **changes: Any) -> FuseTrainer:
     """Three steps of SGD on one of the cases, in the given layout."""
     settings = (CASES | BATCH_CASES)[case] | changes
@@ -135,15 +146,7 @@ def make_trainer(case: str, output: Path, batch: int, accumulation: int, **chang
     data = settings.pop("data", language_data if is_language else classes_data)()
     own = {key: settings.pop(key) for key in ("compute_loss_func", "callbacks", "compute_metrics") if key in settings}
     torch.manual_seed(0)
-    args = FuseConfig(
-        **{
-            "output_dir": str(output), "objectives": objectives, "max_steps": 3, "learning_rate": 0.1, "optim": "sgd",
-            "lr_scheduler_type": "constant", "max_grad_norm": 0.0, "per_device_train_batch_size": batch,
-            "gradient_accumulation_steps": accumulation, "per_device_eval_batch_size": max(batch, 3), "use_cpu": True,
-            "train_sampling_strategy": "sequential", "logging_steps": 1, "save_strategy": "no", "report_to": "none",
-            "disable_tqdm": True, "dataloader_pin_memory": False,
-        } | settings
-    )  # fmt: skip
+    args = FuseConfig(**three_steps(output, batch, accumulation) | {"objectives": objectives} | settings)
     return FuseTrainer(
         model,
         args,

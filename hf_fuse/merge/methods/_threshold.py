@@ -94,7 +94,7 @@ class Census:
         inside = np.compress((numbers >= window.low) ^ larger_N, numbers)
         if not len(bins):
             self.within[i] += len(inside)
-            if self.within[i] <= 8 * HELD:  # else the sample was no picture of the whole
+            if not self.overflows(i):
                 self.kept[i].append(inside)
             return
         inside -= inside.dtype.type(window.low)
@@ -127,8 +127,12 @@ class Census:
         kept = self._kept(i)
         return int(np.count_nonzero((kept >= low) & (kept < high)))
 
+    def overflows(self, i: int) -> bool:
+        """Whether there were more numbers inside than are kept: the sample was no picture of the whole."""
+        return self.within[i] > 8 * HELD
+
     def _kept(self, i: int) -> np.ndarray:
-        if self.within[i] > 8 * HELD:
+        if self.overflows(i):
             return np.empty(0, np.int64)
         self.kept[i] = [np.concatenate(self.kept[i] or [np.empty(0, np.int64)])]
         return self.kept[i][0]
@@ -273,7 +277,7 @@ def _census(
 def _elsewhere(census: Census, i: int, rank: int, top: int) -> Window:
     """Where to look next, when a sample has pointed beside the mark or to more numbers than can be kept."""
     window = census.windows[i]
-    if rank > census.above[i] and census.within[i] > 8 * HELD:
+    if rank > census.above[i] and census.overflows(i):
         return replace(window, inside=int(census.within[i]))
     # What is larger than everything is NaN (let in by the user) and counts as infinite, as does rank 0.
     if rank == 0 or rank <= census.above[i] and window.high == top:
