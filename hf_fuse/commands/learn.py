@@ -1,0 +1,26 @@
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from hf_fuse.commands import EXTRA, Output, Overwrite, app, overrides
+
+
+@app.command(context_settings=EXTRA)
+def learn(
+    context: typer.Context,
+    recipe: Annotated[Path, typer.Argument(help="A recipe for learning in YAML.", show_default=False)],
+    output: Output = None,
+    overwrite: Overwrite = False,
+) -> None:
+    """Estimate from data what a merge method needs to know of a model: its Fisher information, or Gram matrices.
+
+    Any recipe key can be set: --examples 1024
+    """
+    from hf_fuse.merge.learn_recipe import LearnRecipe
+    from hf_fuse.merge.learning import learn as run
+
+    given = overrides(context.args, LearnRecipe.model_fields)
+    print(f"statistics: {run(recipe, output, overrides=given, overwrite=overwrite)}")
