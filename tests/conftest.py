@@ -17,6 +17,8 @@ import pytest
 if TYPE_CHECKING:
     from tiny_models import Family
 
+# One process of tests per core: torch's own threads would only get into each other's way.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 assert "huggingface_hub" not in sys.modules, "the Hub client was imported before its endpoint was set"
 sys.path.insert(0, str(Path(__file__).parent))
 

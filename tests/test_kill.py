@@ -29,16 +29,16 @@ pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 
 # One process imports everything once and forks a child per run: a run starts in milliseconds instead of seconds.
 RUNNER = r"""
-import json, os, signal, sys
+import json, os, signal, sys, time
 import hf_fuse.merge.engine, hf_fuse.merge.finish, hf_fuse.merge.methods.ties, hf_fuse.merge.methods.linear
 import hf_fuse.checkpoint.adapter, hf_fuse.checkpoint.tokenizer_comparison, hf_fuse.checkpoint.vocabulary
 from hf_fuse import cli
 from hf_fuse.checkpoint import writer
 
 class Steps:
-    # Counts what changes the file system below a folder, and kills the process before number `last`.
-    def __init__(self, folder, last, log):
-        self.folder, self.last, self.log, self.count = folder, last, log, 0
+    # Counts what changes the file system below a folder, and sends the process a signal before number `last`.
+    def __init__(self, folder, last, log, signal):
+        self.folder, self.last, self.log, self.signal, self.count = folder, last, log, signal, 0
         for name in ("pwrite", "fsync"):
             setattr(os, name, self.stepping(name, getattr(os, name)))
         writer._exchange = self.stepping("exchange", writer._exchange)
@@ -57,9 +57,10 @@ class Steps:
         return stepped
 
     def step(self, name):
-        if self.count == self.last:
-            os.kill(os.getpid(), signal.SIGKILL)
         self.count += 1
+        if self.count - 1 == self.last:
+            os.kill(os.getpid(), self.signal)
+            time.sleep(0.1)  # this may be a thread, while the main one handles the signal
         if self.log:
             print(name, file=self.log, flush=True)
 
@@ -73,7 +74,8 @@ for line in sys.stdin:
         if job["no_exchange"]:
             writer.ctypes.CDLL = lambda *a, **k: None
         if job["last_step"] is not None or job["step_log"]:
-            Steps(job["folder"], job["last_step"], open(job["step_log"], "w") if job["step_log"] else None)
+            log = open(job["step_log"], "w") if job["step_log"] else None
+            Steps(job["folder"], job["last_step"], log, job["signal"])
         code = 1
         try:
             cli.main()
@@ -103,6 +105,7 @@ class Runner:
         *,
         overwrite: bool = True,
         last_step: int | None = None,
+        number: signal.Signals = signal.SIGKILL,
         step_log: Path | None = None,
         no_exchange: bool = False,
     ) -> int:
@@ -111,7 +114,7 @@ class Runner:
             "arguments": ["merge", str(recipe), "--output", str(self.output), *(["--overwrite"] if overwrite else []),
                           *(["--workers", "1"] if last_step is not None or step_log else [])],
             "errors": str(self.errors), "folder": str(self.folder), "last_step": last_step,
-            "step_log": str(step_log or ""), "no_exchange": no_exchange,
+            "signal": number, "step_log": str(step_log or ""), "no_exchange": no_exchange,
         }  # fmt: skip
         self.process.stdin.write(json.dumps(job) + "\n")
         self.process.stdin.flush()
@@ -266,13 +269,9 @@ def test_leftovers_are_cleared_without_overwrite(runner: Runner, tmp_path: Path)
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_polite_end_cleans_up_at_once(runner: Runner, tmp_path: Path, number: signal.Signals) -> None:
-    family = llama_family(tmp_path / "models", width=160, vocabulary=8000, layers=4, models=2)
+    family = llama_family(tmp_path / "models", layers=1, models=2)
     _, recipe = recipes(tmp_path, family)
     runner.clear()
-    pid = runner.start(recipe)
-    while not list(runner.folder.glob("*.partial/model*")):
-        time.sleep(0.001)
-    os.kill(pid, number)
-    assert runner.wait() == 130
+    assert runner.run(recipe, last_step=12, number=number) == 130
     assert runner.errors.read_text().splitlines()[-1] == "error: stopped; no output was left behind"
     assert list(runner.folder.iterdir()) == []
