@@ -1,0 +1,90 @@
+"""Which merging coefficient belongs to which element: one for all, or one per block, tensor, or chunk of a tensor.
+
+The coefficients of K models are one matrix ``[K, G]``. Every tensor has its columns in it; tensors may share one.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from hf_fuse.errors import RecipeError
+from hf_fuse.merge.methods._random import STEPS, TensorRandom
+from hf_fuse.merge.parameters import is_at_the_end, layer_of
+from hf_fuse.merge.units import Unit
+
+Granularity = Literal["task", "block", "tensor", "chunk"]
+Cut = Literal["slices", "scattered"]
+
+
+@dataclass(frozen=True)
+class Columns:
+    """The coefficients of one tensor: ``count`` columns from ``first`` on.
+
+    Attributes:
+        learned: otherwise they stay as they are, and no gradient is computed for the tensor.
+    """
+
+    first: int
+    count: int = 1
+    learned: bool = True
+
+
+def chunk_numbers(name: str, numel: int, count: int, cut: str, seed: int, start: int, stop: int) -> Tensor:
+    """For elements ``[start, stop)`` of a flattened tensor the chunk that each is in, ``int64 [stop - start]``.
+
+    Args:
+        cut: ``slices`` are contiguous, equal up to one element, the longer ones first (``torch.tensor_split``);
+            ``scattered`` draws the chunk of each element, the same for any ``start``.
+        seed: of the draw; the tensor's name counts too.
+    """
+    if cut == "scattered":
+        bits = torch.from_numpy(TensorRandom(seed, name, start).bits(0, stop - start).astype("int64"))
+        return bits * count // STEPS
+    short, longer = divmod(numel, count)
+    places = torch.arange(start, stop)
+    edge = longer * (short + 1)
+    return torch.where(places < edge, places // (short + 1), longer + (places - edge) // max(short, 1))
+
+
+def columns(
+    units: Iterable[Unit], granularity: Granularity, *, chunks: int | Mapping[str, int] = 1, blocks: str | None = None
+) -> tuple[dict[str, Columns], int]:
+    """Columns of every tensor, and how many there are in all.
+
+    Args:
+        chunks: per tensor, or for each by name; at most one per element. 0 leaves the tensor one that isn't learned.
+        blocks: regular expression; tensors in whose names it finds the same text share a block, and so do all others.
+            By default a block is a layer, and what comes before and after the layers is one each.
+
+    Raises:
+        RecipeError: ``blocks`` is no expression.
+    """
+    if granularity == "task":
+        return {unit.name: Columns(0) for unit in units}, 1
+    if granularity == "block":
+        keys = {unit.name: _block(unit.name, blocks) for unit in units}
+        numbers = {key: number for number, key in enumerate(dict.fromkeys(keys.values()))}
+        return {name: Columns(numbers[key]) for name, key in keys.items()}, len(numbers)
+    found, first = {}, 0
+    for unit in units:
+        wanted = chunks if isinstance(chunks, int) else chunks.get(unit.name, 0)
+        count = max(1, min(wanted, unit.numel)) if granularity == "chunk" else 1
+        found[unit.name] = Columns(first, count, granularity == "tensor" or wanted > 0)
+        first += count
+    return found, first
+
+
+def _block(name: str, pattern: str | None) -> object:
+    if pattern is None:
+        return layer_of(name) or is_at_the_end(name)
+    try:
+        found = re.search(pattern, name)
+    except re.error as error:
+        raise RecipeError(f"parameters: blocks is {pattern!r}, not a regular expression ({error}).") from None
+    return found and found[0]
