@@ -5,6 +5,7 @@ N predictions, V tokens of the vocabulary, K of them kept.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -17,11 +18,13 @@ class TopK:
     """What is kept of N distributions. The probabilities of the K tokens and of the bucket sum to 1.
 
     Attributes:
-        ids_NK: the likeliest tokens, in descending order.
+        ids_NK: the likeliest tokens, in descending order. Where there are fewer than K, ids are 0 and log
+            probabilities -inf.
         log_probs_NK: their log probabilities.
         tail_log_prob_N: of all other tokens together; -inf where there are none.
         label_log_prob_N: of the label, if it is known; it need not be among the K.
         temperature: that the logits were divided by. It can't be changed afterwards.
+        log_z_N: logsumexp of the divided logits, for methods that compare the logits themselves.
     """
 
     ids_NK: Tensor
@@ -29,28 +32,35 @@ class TopK:
     tail_log_prob_N: Tensor
     label_log_prob_N: Tensor | None = None
     temperature: float = 1.0
+    log_z_N: Tensor | None = None
 
     @classmethod
     def of(cls, logits_NV: Tensor, k: int, labels_N: Tensor | None = None, *, temperature: float = 1.0) -> TopK:
         """Cuts down whole distributions; all V tokens are kept if there are fewer than ``k``."""
-        log_probs_NV = (logits_NV.float() / temperature).log_softmax(-1)
+        logits_NV = logits_NV.float() / temperature
+        log_z_N = logits_NV.logsumexp(-1)
+        log_probs_NV = logits_NV.log_softmax(-1)
         log_probs_NK, ids_NK = log_probs_NV.topk(min(k, log_probs_NV.shape[-1]), dim=-1)
         label = None if labels_N is None else log_probs_NV.gather(-1, labels_N.unsqueeze(-1)).squeeze(-1)
-        return cls(ids_NK, log_probs_NK, outside(log_probs_NV, ids_NK), label, temperature)
+        return cls(ids_NK, log_probs_NK, outside(log_probs_NV, ids_NK), label, temperature, log_z_N)
 
     def __len__(self) -> int:
         return len(self.ids_NK)
 
+    @property
+    def known_NK(self) -> Tensor:
+        """Which places hold a token."""
+        return self.log_probs_NK > float("-inf")
+
     def rows(self, chosen: slice | Tensor) -> TopK:
         """Some of the N distributions."""
-        label_N = self.label_log_prob_N
-        return TopK(
-            self.ids_NK[chosen],
-            self.log_probs_NK[chosen],
-            self.tail_log_prob_N[chosen],
-            None if label_N is None else label_N[chosen],
-            self.temperature,
-        )
+        return self.each(lambda values: values[chosen])
+
+    def each(self, function: Callable[[Tensor], Tensor]) -> TopK:
+        """``function`` of every tensor."""
+        tensors = (self.ids_NK, self.log_probs_NK, self.tail_log_prob_N, self.label_log_prob_N, self.log_z_N)
+        ids, log_probs, tail, label, log_z = (None if values is None else function(values) for values in tensors)
+        return TopK(ids, log_probs, tail, label, self.temperature, log_z)
 
     def check(self, temperature: float) -> None:
         """Refuses another temperature than the one the probabilities were made at.
@@ -65,9 +75,11 @@ class TopK:
             )
 
 
-def outside(logits_NV: Tensor, ids_NK: Tensor) -> Tensor:
-    """``logsumexp`` over all tokens but ``ids``, ``(N,)``; -inf if there are none.
+def outside(logits_NV: Tensor, ids_NK: Tensor, known_NK: Tensor | None = None) -> Tensor:
+    """``logsumexp`` over all tokens but ``ids`` (those of them that are known), ``(N,)``; -inf if there are none.
 
     Not ``log(1 - sum)`` of the others' probabilities: that has neither digits nor a gradient left when they sum to 1.
     """
+    if known_NK is not None:
+        ids_NK = ids_NK.where(known_NK, ids_NK[:, :1])
     return logits_NV.scatter(-1, ids_NK, float("-inf")).logsumexp(-1)

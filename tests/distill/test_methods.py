@@ -179,6 +179,22 @@ def test_a_top_k_can_be_stored_in_half_precision():
     assert forward_kl(student, half).item() == pytest.approx(forward_kl(student, top).item(), rel=2e-3)
 
 
+@pytest.mark.parametrize("name", [*(method.__name__ for method in DIVERGENCES), "pld", "uld", "weak_to_strong"])
+def test_places_without_a_token_count_nothing(name):
+    student, teacher = pair(tokens=30)
+    teacher[0, 0] = 9.0  # the filler's id as the likeliest token
+    chosen = teacher.topk(3).indices[:, 2]
+    chosen[0] = 0
+    top = TopK.of(teacher, 4, chosen)
+    filled = TopK(
+        F.pad(top.ids_NK, (0, 3)), F.pad(top.log_probs_NK, (0, 3), value=-torch.inf), top.tail_log_prob_N,
+        top.label_log_prob_N,
+    )  # fmt: skip
+    exact, padded = (gradient(lambda s, t=t: call(name, s, t, chosen), student) for t in (top, filled))
+    assert padded[0] == pytest.approx(exact[0], rel=1e-5)
+    torch.testing.assert_close(padded[1], exact[1])
+
+
 @pytest.mark.parametrize("method", [*DIVERGENCES, uld])
 def test_a_top_k_belongs_to_its_temperature(method):
     student, teacher = pair()

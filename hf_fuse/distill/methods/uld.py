@@ -38,7 +38,7 @@ def uld(
         teacher_NV.check(temperature)
         teacher_NO = torch.cat([teacher_NV.log_probs_NK, teacher_NV.tail_log_prob_N.unsqueeze(-1)], -1).float().exp()
         k = teacher_NV.ids_NK.shape[-1]
-        student_NK = _filled(student_NV.topk(min(k, student_NV.shape[-1]), dim=-1).values, k)
+        student_NK = _filled(student_NV.topk(min(k, student_NV.shape[-1]), dim=-1).values, k) * teacher_NV.known_NK
         student_NO = torch.cat([student_NK, 1 - student_NK.sum(-1, keepdim=True)], dim=-1)
         return (student_NO - teacher_NO).abs().sum()
     teacher_NV = (teacher_NV.float() / temperature).softmax(-1)
