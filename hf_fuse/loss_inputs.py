@@ -15,6 +15,7 @@ from transformers.utils import ModelOutput
 
 from hf_fuse.batch_counts import IGNORED
 from hf_fuse.errors import FuseError
+from hf_fuse.model_features import classifier_of
 
 if TYPE_CHECKING:
     from hf_fuse.objectives import Objective
@@ -24,6 +25,8 @@ FROM_MODEL = {
     "logits": "(N, C), the predictions that have a label, shifted for causal language models",
     "second_logits": "(N, C), the same from a second forward pass: other dropout, or the columns second_*",
     "hidden_states": "tuple of (B, T, D), embeddings first",
+    "features": "(N, D), one vector per sample: what the classifier takes, else the mean of the last hidden state",
+    "second_features": "(N, D), the same from a second forward pass",
     "attentions": "tuple of (B, heads, T, T), with attn_implementation='eager'",
     "router_logits": "tuple of (B * T, E) or (B, T, E), one per router",
     "router_weights": "tuple of the same shapes, 0 where an expert was not chosen",
@@ -31,14 +34,18 @@ FROM_MODEL = {
 FROM_TRAINER = {
     "class_counts": "(C,), how often each label occurs in the training set",
     "progress": "share of the training that is done, 0 to 1",
+    "epoch": "number of epochs that are done, with a fraction",
+    "step": "number of optimizer steps that are done",
 }
 SECOND = "second_"
 
 
-def forward_options(needed: Iterable[str]) -> dict[str, bool]:
-    """Arguments of ``forward`` that make a model return more than logits."""
+def forward_options(needed: Iterable[str], model: nn.Module) -> dict[str, bool]:
+    """Arguments of ``forward`` that make ``model`` return more than logits."""
     asked = {"hidden_states": "hidden_states", "attentions": "attentions"}
     asked |= {"router_logits": "router_logits", "router_weights": "router_logits"}
+    if classifier_of(model) is None:
+        asked["features"] = "hidden_states"
     return {f"output_{asked[name]}": True for name in needed if name in asked}
 
 
@@ -149,7 +156,7 @@ def check_needs(objective: Objective, model: nn.Module, dataset: Any, extra: fro
             )
         if own and own_balance_weight(model) is None:
             raise FuseError(f"{where}: {kind} adds a balance loss of its own with a weight that can't be told.")
-    for option in forward_options(needed):
+    for option in forward_options(needed, model):
         if not any(p.name == option or p.kind is p.VAR_KEYWORD for p in parameters):
             raise FuseError(f"{where}: needs {option.removeprefix('output_')}, but {kind} has no argument {option}.")
     if "class_counts" in needed:

@@ -145,8 +145,8 @@ def _objective(name: str, weight: Schedule, options: Mapping[str, Any], kinds: S
     loss = method.function(**bound) if stateful else partial(method.function, **bound)
     if stateful and any(True for _ in loss.parameters()):
         raise RecipeError(
-            f"{where}: {name} has trainable parameters, which no optimizer would get. A loss may have buffers; "
-            "parameters belong to the model."
+            f"{where}: {name} has trainable parameters from the start. Make them in its method prepare(model, "
+            "train_dataset), which is called with the same random numbers on every process."
         )
     needs, optional = _needs(loss.forward if isinstance(loss, nn.Module) else method.function)
     names = needs.values()
@@ -216,7 +216,7 @@ def _moment(value: Any, where: str) -> float:
 
 
 def save_states(objectives: list[Objective], folder: str | Path, process: int) -> None:
-    """Writes the buffers of the losses that have some; each process has its own."""
+    """Writes the buffers and layers of the losses that have some; each process has its own."""
     tensors = {
         f"{objective.name}.{name}": value.detach().cpu().clone().contiguous()
         for objective in objectives

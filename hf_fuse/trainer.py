@@ -11,11 +11,13 @@ from __future__ import annotations
 import inspect
 import logging
 from collections.abc import Iterator
+from contextlib import nullcontext
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.data import DataLoader
 from transformers import Trainer
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.trainer_utils import EvalLoopOutput
@@ -35,8 +37,11 @@ from hf_fuse.loss_inputs import (
     router_choices,
     without,
 )
+from hf_fuse.model_features import classifier_inputs, of_labelled, sample_features
+from hf_fuse.objective_heads import average_gradients, prepare, trained_parameters
 from hf_fuse.objectives import load_states, save_states
 from hf_fuse.router_report import ExpertUsageChart, RouterUsage
+from hf_fuse.sample_ids import SAMPLE_IDS, keeping_sample_ids, numbered
 from hf_fuse.trainer_config import FuseConfig
 from hf_fuse.trainer_logs import Averages
 
@@ -95,14 +100,16 @@ class FuseTrainer(Trainer):
         self.task_weight, self.objectives = args.read_objectives()
         super().__init__(model, args, **trainer_arguments)
         self._check_model()
+        if SAMPLE_IDS in self._loss_columns:
+            self.data_collator = keeping_sample_ids(self.data_collator)
         self._whole_batch: Tensor | None = None
         self._window, self._evaluation = Averages(), Averages()
         self.router_usage = RouterUsage()
         if args.router_statistics:
             self.add_callback(ExpertUsageChart(self))
-        for objective in self.objectives:
-            if objective.stateful:
-                objective.loss.to(args.device)
+        self._stateful = [objective for objective in self.objectives if objective.stateful]
+        prepare(self._stateful, self._base, self.train_dataset, seed=args.seed, device=args.device)
+        self._head_parameters = trained_parameters(self._stateful, self.accelerator)
 
     def named_tensors(self, needed: set[str], model: nn.Module, inputs: dict[str, Any], outputs: Any) -> dict[str, Any]:
         """What losses ask for, by name; None or no entry for what this batch and output don't have.
@@ -119,9 +126,13 @@ class FuseTrainer(Trainer):
         predicted = labels is not None and getattr(outputs, "logits", None) is not None
         if predicted and needed & {"logits", "labels", "second_logits"}:
             found["logits"], found["labels"] = kept_predictions(outputs.logits, labels, shifted=shifted)
-        if predicted and "second_logits" in needed:
-            second = self._second_forward(model, inputs)
-            found["second_logits"], _ = kept_predictions(second.logits, labels, shifted=shifted)
+        if needed & {"second_logits", "second_features"}:
+            second, features = self._second_forward(needed, model, inputs)
+            found["second_features"] = of_labelled(features, labels) if features is not None else None
+            if predicted:
+                found["second_logits"], _ = kept_predictions(second.logits, labels, shifted=shifted)
+        if found.get(SAMPLE_IDS) is not None:
+            found[SAMPLE_IDS] = of_labelled(found[SAMPLE_IDS], labels)
         router_logits = getattr(outputs, "router_logits", None)
         if "router_weights" in needed and found["router_weights"] is None and router_logits:
             found["router_weights"] = router_choices(
@@ -131,6 +142,10 @@ class FuseTrainer(Trainer):
             found["class_counts"] = self._class_counts
         if "progress" in needed:
             found["progress"] = self.state.global_step / max(self.state.max_steps, 1)
+        if "epoch" in needed:
+            found["epoch"] = self.state.epoch or 0.0
+        if "step" in needed:
+            found["step"] = self.state.global_step
         return found
 
     def compute_loss(
@@ -148,8 +163,9 @@ class FuseTrainer(Trainer):
         weights = self._weights(model.training)
         active = [objective for objective in self.objectives if objective.name in weights]
         needed = {name for objective in active for name in objective.needs.values()}
-        asked = forward_options(needed)
-        task, router_loss, outputs = self._forward(model, self._of_model(inputs) | asked)
+        asked = forward_options(needed, self._base)
+        with classifier_inputs(self._base) if "features" in needed else nullcontext([]) as seen:
+            task, router_loss, outputs = self._forward(model, self._of_model(inputs) | asked)
         if repeated_B is not None:
             # Not before: attention would have nothing to attend to.
             inputs |= masked(inputs, repeated_B, attention_mask=0)
@@ -158,6 +174,10 @@ class FuseTrainer(Trainer):
         if router_loss is not None:
             terms["aux_loss"] = (1.0, router_loss, PREDICTIONS)
         tensors = self.named_tensors(needed, model, inputs, outputs) if active else {}
+        if "features" in needed:
+            tensors["features"] = of_labelled(
+                sample_features(self._base, inputs, outputs, seen), labels_of(inputs, shifted=False)[0]
+            )
         for objective in active:
             arguments = objective.arguments(tensors)
             if arguments is not None:
@@ -210,6 +230,9 @@ class FuseTrainer(Trainer):
         # With the count of this micro-batch, those models that normalise by it return the mean as the others do.
         counted = isinstance(labels_of(inputs, shifted=False)[0], Tensor)
         items = self._count(inputs)[UNITS.index(PREDICTIONS)].clamp(min=1) if counted else None
+        if self._untasked and labels_of(inputs, shifted=False)[0] is None:
+            outputs = model(**inputs)
+            return torch.zeros((), device=self.args.device), None, outputs
         apart = bool(self.label_smoother or self.compute_loss_func) and "labels" in inputs
         loss, outputs = super().compute_loss(model, inputs, return_outputs=True, num_items_in_batch=items)
         if counted and (self.model_accepts_loss_kwargs or self.compute_loss_func):
@@ -232,18 +255,47 @@ class FuseTrainer(Trainer):
             router_loss = outputs.aux_loss if router_loss is None else router_loss + outputs.aux_loss
         return loss, router_loss
 
-    def _second_forward(self, model: nn.Module, inputs: dict[str, Any]) -> Any:
-        """The output for the columns ``second_*``, or for the same inputs under other dropout."""
+    def _second_forward(self, needed: set[str], model: nn.Module, inputs: dict[str, Any]) -> tuple[Any, Tensor | None]:
+        """Output and features (if needed) for the columns ``second_*``, or for the same inputs under other dropout."""
         second = {name.removeprefix(SECOND): value for name, value in inputs.items() if name.startswith(SECOND)}
         second = second or self._of_model(inputs)
         if not getattr(self._base.config, "is_encoder_decoder", False):
             second.pop("labels", None)
-        return model(**second)
+        if "second_features" not in needed:
+            return model(**second), None
+        with classifier_inputs(self._base) as seen:
+            outputs = model(**second, **forward_options({"features"}, self._base))
+        return outputs, sample_features(self._base, second, outputs, seen)
+
+    def get_train_dataloader(self) -> DataLoader:
+        dataset = self.train_dataset
+        if SAMPLE_IDS in self._loss_columns:
+            self.train_dataset = numbered(dataset)
+        try:
+            return super().get_train_dataloader()
+        finally:
+            self.train_dataset = dataset
+
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        optimizer = super().create_optimizer(model)
+        known = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+        heads = [parameter for parameter in self._head_parameters if id(parameter) not in known]
+        if heads:
+            optimizer.add_param_group({"params": heads, "weight_decay": self.args.weight_decay})
+        return optimizer
+
+    def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
+        loss = super().training_step(*args, **kwargs)
+        if self.accelerator.sync_gradients:
+            average_gradients(self._head_parameters, self.accelerator)
+        return loss
 
     def get_batch_samples(
         self, epoch_iterator: Iterator, num_batches: int, device: torch.device
     ) -> tuple[list, Tensor | int | None]:
         """The micro-batches of an optimizer step; counts what they hold on all processes."""
+        for parameter in self._head_parameters:
+            parameter.grad = None  # the Trainer does this for the parameters of the model alone
         batches, items = super().get_batch_samples(epoch_iterator, num_batches, device)
         if batches:
             check_columns(self.objectives, batches[0], self.extra_tensors)
@@ -277,8 +329,9 @@ class FuseTrainer(Trainer):
         """Name -> weight of the terms to be computed now."""
         if not training:
             # Without dropout a second view is the first one, and states belong to the training.
-            fit = [o for o in self.objectives if not o.stateful and "second_logits" not in o.needs.values()]
-            return {"task_loss": 1.0} | {objective.name: 1.0 for objective in fit}
+            two_views, stateful = {"second_logits", "second_features"}, {o.name for o in self._stateful}
+            fit = [o.name for o in self.objectives if o.name not in stateful and two_views.isdisjoint(o.needs.values())]
+            return {"task_loss": 1.0} | dict.fromkeys(fit, 1.0)
         moment = self.state.global_step, self.state.max_steps
         weights = {objective.name: objective.weight(*moment) for objective in self.objectives}
         return {"task_loss": self.task_weight(*moment)} | {name: weight for name, weight in weights.items() if weight}
@@ -296,6 +349,11 @@ class FuseTrainer(Trainer):
     def _averaged_processes(self) -> int:
         """Number of processes whose batches make up the whole batch of an optimizer step."""
         return self.accelerator.num_processes // self.get_tp_size() if self.args.average_tokens_across_devices else 1
+
+    @cached_property
+    def _untasked(self) -> bool:
+        """Whether the task counts for nothing all the time: then a model without a loss will do."""
+        return self.task_weight.constant and not self.task_weight.start and not self.compute_loss_func
 
     @cached_property
     def _class_counts(self) -> Tensor:
@@ -329,12 +387,12 @@ class FuseTrainer(Trainer):
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         super()._save_optimizer_and_scheduler(output_dir)
-        save_states(self.objectives, output_dir, self.args.process_index)
+        save_states(self._stateful, output_dir, self.args.process_index)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         super()._load_optimizer_and_scheduler(checkpoint)
         if checkpoint is not None:
-            load_states(self.objectives, checkpoint, self.args.process_index)
+            load_states(self._stateful, checkpoint, self.args.process_index)
 
 
 def _check_arguments(model: Any, args: Any) -> None:

@@ -82,6 +82,24 @@ def tiny_family(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Fam
     return build
 
 
+@pytest.fixture
+def third_party(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable]:
+    """``third_party(function)`` installs it as another package's loss."""
+    from types import SimpleNamespace
+
+    from hf_fuse import registry
+
+    def install(loss):
+        loads = SimpleNamespace(
+            load=lambda: SimpleNamespace(**{loss.__name__: loss, "__doc__": "", "__name__": "other"})
+        )
+        monkeypatch.setattr(registry, "_third_party", lambda kind: {loss.__name__: loads} if kind == "losses" else {})
+
+    registry.get.cache_clear()
+    yield install
+    registry.get.cache_clear()
+
+
 def pytest_collection_finish() -> None:
     # What was imported stays: the garbage collector, which training calls often, need not look through it each time.
     gc.collect()

@@ -3,7 +3,6 @@
 import json
 import math
 import warnings
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -24,7 +23,7 @@ from training_cases import (
     train,
 )
 
-from hf_fuse import FuseConfig, FuseTrainer, MolaConfig, registry
+from hf_fuse import FuseConfig, FuseTrainer, MolaConfig
 from hf_fuse.errors import CheckpointError, FuseError, RecipeError
 from hf_fuse.objectives import Schedule, read_objectives
 
@@ -37,21 +36,6 @@ def assert_same(run, other, tolerance=2e-5):
         assert entry == pytest.approx(expected, rel=tolerance, abs=tolerance)
     for name, value in run[1].items():
         assert (value - other[1][name]).abs().max() < tolerance / 10, name
-
-
-@pytest.fixture
-def third_party(monkeypatch):
-    """``third_party(function)`` installs it as another package's loss."""
-
-    def install(loss):
-        loads = SimpleNamespace(
-            load=lambda: SimpleNamespace(**{loss.__name__: loss, "__doc__": "", "__name__": "other"})
-        )
-        monkeypatch.setattr(registry, "_third_party", lambda kind: {loss.__name__: loads})
-
-    registry.get.cache_clear()
-    yield install
-    registry.get.cache_clear()
 
 
 # ---- layouts

@@ -144,7 +144,8 @@ def make_trainer(case: str, output: Path, batch: int, accumulation: int, **chang
     peft_config = settings.pop("peft_config", lambda: None)()
     is_language = isinstance(model, transformers.GenerationMixin)
     data = settings.pop("data", language_data if is_language else classes_data)()
-    own = {key: settings.pop(key) for key in ("compute_loss_func", "callbacks", "compute_metrics") if key in settings}
+    names = ("compute_loss_func", "callbacks", "compute_metrics", "data_collator")
+    own = {"data_collator": padded if is_language else None} | {k: settings.pop(k) for k in names if k in settings}
     torch.manual_seed(0)
     args = FuseConfig(**three_steps(output, batch, accumulation) | {"objectives": objectives} | settings)
     return FuseTrainer(
@@ -153,7 +154,6 @@ def make_trainer(case: str, output: Path, batch: int, accumulation: int, **chang
         peft_config=peft_config,
         train_dataset=data,
         eval_dataset=[data[index] for index in range(13)],
-        data_collator=padded if is_language else None,
         **own,
     )
 

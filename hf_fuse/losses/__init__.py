@@ -9,18 +9,28 @@ parameters are options; the others say what it needs, and a shape suffix (``logi
   next token): padding and shifting are done;
 - ``second_logits``: ``(N, C)``, of a second forward pass;
 - ``hidden_states``, ``attentions``: tuples of ``(B, S, D)`` and ``(B, heads, S, S)``;
+- ``features``: ``(N, D)``, one vector per sample: what the classifier takes, and of models without one the mean of the
+  last hidden state over the attention mask; ``second_features``: of a second forward pass;
+- ``sample_ids``: ``(N,)``, which sample of the training set each one is, from 0 on: a column of the data, or its index;
 - ``class_counts``: ``(C,)``, of the labels in the training set; ``progress``: share of the training that is done;
+  ``step`` and ``epoch``: how many are done;
 - ``router_logits``: a tuple with the gate's logits of each routed layer, ``(N, E)`` or ``(B, S, E)``; the softmax of
   them is what the router weighs experts by;
 - ``router_weights``: a tuple with the weights that each token gave each expert, of the same shapes, 0 where an
   expert was not chosen;
 - ``attention_mask``: ``(B, S)`` in the order in which the N tokens were flattened; 0 marks padding, which then takes
   no part. None counts every token;
-- any other name is a column of the batch (``sample_ids``).
+- any other name is a column of the batch (``task_types``).
 
 A parameter with a default may stay without a tensor. A loss that carries state (a queue, an average) is a class, an
 ``nn.Module`` of the file's name: its options are those of ``__init__``, its needs those of ``forward``, and its buffers
-are saved in checkpoints. Other packages add losses through the entry point group ``hf_fuse.losses``.
+are saved in checkpoints. Its method ``prepare(model, train_dataset)``, if it has one, is called once, before training:
+there it makes layers of its own, which are trained with the model and are no part of it when it is saved, and tables
+with a row per sample (:class:`~hf_fuse.losses._sample_table.SampleTable`). Such losses are not evaluated.
+
+Losses that compare the samples of a batch see those of a micro-batch on all processes
+(:func:`~hf_fuse.losses._processes.gathered`). Other packages add losses through the entry point group
+``hf_fuse.losses``.
 
 A mask that leaves no token gives 0, tied to the graph, and never NaN.
 """
