@@ -31,6 +31,7 @@ class Edit:
             when their turn comes. The stored dtype is kept.
         shapes: of the values that such functions make, where they differ from the stored ones'.
         config: keys of ``config.json`` to set.
+        files: name of a safetensors file to write beside the weights -> its tensors.
         expected: logits on the probe (:meth:`Subject.probe`), which the output has to reproduce; None: not checked.
         summary: what was done, in a sentence.
         facts: figures for the report.
@@ -41,6 +42,7 @@ class Edit:
     tensors: dict[str, Tensor | Callable[[Read], Tensor]] = field(default_factory=dict)
     shapes: dict[str, tuple[int, ...]] = field(default_factory=dict)
     config: dict[str, Any] = field(default_factory=dict)
+    files: dict[str, dict[str, Tensor]] = field(default_factory=dict)
     expected: Tensor | None = None
     summary: str = ""
     facts: dict[str, Any] = field(default_factory=dict)

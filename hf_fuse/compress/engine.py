@@ -9,10 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import save_file
 from torch import Tensor
 
 from hf_fuse.card import merge_card, read_license
-from hf_fuse.checkpoint.reader import read_json
+from hf_fuse.checkpoint.reader import TORCH_NAMES, read_json
 from hf_fuse.checkpoint.tokenizer import copy_files, tokenizer_files
 from hf_fuse.checkpoint.writer import check_output, exclusive_output
 from hf_fuse.compress.edit import Edit, write_weights
@@ -114,15 +115,16 @@ def _push_target(recipe: CompressRecipe, push: str | None, private: bool | None)
 
 def _run(recipe: CompressRecipe, subject: Subject, folder: Path, overwrite: bool) -> Compressed:
     with exclusive_output(folder, overwrite=overwrite) as partial:
-        before = measure(subject, lighten(subject.model), subject.checkpoint.nbytes)
+        source = subject.checkpoint.folder
+        before = measure(subject, lighten(subject.model, source), subject.checkpoint.nbytes)
         edit = recipe.found_method.function(subject, **recipe.options)
         del subject.model  # the method may have changed it, and there may be no room for two
         written = write_weights(subject.checkpoint, edit, partial, recipe.max_shard_bytes)
-        _write_companions(subject, edit, partial.folder)
+        written += _write_companions(subject, edit, partial.folder)
         model = subject.load(partial.folder)
         stock_probe = subject.probe(model)
         _check(subject, model, stock_probe, edit.expected)
-        _check(subject, lighten(model), subject.probe(model), stock_probe)
+        _check(subject, lighten(model, partial.folder), subject.probe(model), stock_probe)
         after = measure(subject, model, written)
         result = Compressed(folder, edit.summary, before, after, edit.facts)
         (partial.folder / RESULTS).write_text(json.dumps(result.to_dict(), indent=2) + "\n", encoding="utf-8")
@@ -136,8 +138,10 @@ def _check(subject: Subject, model: Any, found: Tensor, expected: Tensor | None)
     """The written model has to compute what the method had in memory, and the lighter form of it the same."""
     if expected is None:
         return
+    stored = {getattr(torch, TORCH_NAMES[info.dtype]) for info in subject.checkpoint.tensors.values() if info.is_float}
+    tolerance = max(TOLERANCE[dtype] for dtype in {model.dtype, *stored} if dtype in TOLERANCE)
     difference = (found - expected).abs().max().item() if found.shape == expected.shape else float("inf")
-    if not difference <= TOLERANCE[model.dtype] * max(expected.abs().max().item(), 1.0):
+    if not difference <= tolerance * max(expected.abs().max().item(), 1.0):
         raise FuseError(
             f"{subject.candidate.name}: the compressed checkpoint does not compute what it should (logits differ by "
             f"{difference:.2g}), so nothing is saved. This architecture may depend on the layers' numbers in a way "
@@ -145,8 +149,8 @@ def _check(subject: Subject, model: Any, found: Tensor, expected: Tensor | None)
         )
 
 
-def _write_companions(subject: Subject, edit: Edit, folder: Path) -> None:
-    """Config, generation config and tokenizer."""
+def _write_companions(subject: Subject, edit: Edit, folder: Path) -> int:
+    """Config, generation config, tokenizer and further tensors. -> bytes of these."""
     checkpoint = subject.checkpoint
     layers = None if edit.layers is None else [(checkpoint.config, index) for index in edit.layers]
     config = output_config(checkpoint.config, out_dtype=None, layers=layers, vocab_size=None, special_ids={}, tied=None)
@@ -157,6 +161,9 @@ def _write_companions(subject: Subject, edit: Edit, folder: Path) -> None:
     if generation.exists():
         write_json(folder / generation.name, read_json(generation))
     copy_files(tokenizer_files(checkpoint.folder), checkpoint.folder, folder)
+    for name, tensors in edit.files.items():
+        save_file(tensors, folder / name, metadata={"format": "pt"})
+    return sum((folder / name).stat().st_size for name in edit.files)
 
 
 def _draw(edit: Edit, folder: Path) -> None:
@@ -200,7 +207,7 @@ def _write_record(recipe: CompressRecipe, subject: Subject, result: Compressed, 
                 {"ref": checkpoint.ref, "repo_id": checkpoint.repo_id, "commit": checkpoint.commit, "role": "base",
                  "license": read_license(checkpoint.folder)}
             ],
-            "warnings": [LIGHTER] if is_lightened(read_json(folder / "config.json")) else [],
+            "warnings": [LIGHTER] if is_lightened(read_json(folder / "config.json"), folder) else [],
             "figures": figures | images,
             "versions": versions(),
             "has_tokenizer": bool(tokenizer_files(folder)),

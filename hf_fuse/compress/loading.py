@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import nn
 
+from hf_fuse.compress.factored_experts import factor_experts, is_factored
 from hf_fuse.compress.grouped_experts import GROUPS_KEY, share_experts
 from hf_fuse.compress.sublayers import DROP_KEYS, skip_dropped
 
@@ -25,18 +26,19 @@ def renumbered(config: dict[str, Any], layers: list[int]) -> dict[str, Any]:
     return found
 
 
-def is_lightened(config: dict[str, Any]) -> bool:
-    """Whether :func:`lighten` takes anything out of a model with this ``config.json``."""
-    return any(config.get(key) for key in (*DROP_KEYS.values(), GROUPS_KEY))
+def is_lightened(config: dict[str, Any], folder: Path) -> bool:
+    """Whether :func:`lighten` takes anything out of a model with this ``config.json``, loaded from ``folder``."""
+    return any(config.get(key) for key in (*DROP_KEYS.values(), GROUPS_KEY)) or is_factored(folder)
 
 
-def lighten(model: nn.Module) -> nn.Module:
-    """Takes out, in place, what the model's config says is not needed: less memory and work, the same output.
+def lighten(model: nn.Module, folder: str | Path) -> nn.Module:
+    """Takes out, in place, what is not needed by what config and ``folder`` say: less memory and work, the same output.
 
     The result is for running: save the folder that it came from, not this.
     """
     skip_dropped(model)
     share_experts(model)
+    factor_experts(model, folder)
     return model
 
 
@@ -44,7 +46,7 @@ def load_compressed(folder: str | Path, **options: Any) -> nn.Module:
     """Loads the output of ``hf-fuse compress`` without the parts that it does not need.
 
     ``from_pretrained`` loads the same folder to the same logits, but runs dropped sub-layers, and has merged experts
-    once for each of their old numbers.
+    once for each of their old numbers, and factored ones as whole matrices.
 
     Args:
         folder: a folder or Hub id.
@@ -54,4 +56,4 @@ def load_compressed(folder: str | Path, **options: Any) -> nn.Module:
 
     config = transformers.AutoConfig.from_pretrained(folder)
     kind = "AutoModelForSeq2SeqLM" if config.is_encoder_decoder else "AutoModelForCausalLM"
-    return lighten(getattr(transformers, kind).from_pretrained(folder, **options))
+    return lighten(getattr(transformers, kind).from_pretrained(folder, **options), folder)

@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 import transformers as t
-from tiny_models import HEADS, VOCABULARY, WIDTH, WORDS, load_weights, save_tokenizer
+from tiny_experts import EXPERTS, MODELS, logits_of, new_experts, save_experts, stock, write_text
+from tiny_models import load_weights
 
 import hf_fuse
 from hf_fuse.compress.grouped_experts import expert_blocks
@@ -23,64 +24,15 @@ from hf_fuse.compress.recipe import load_compress_recipe
 from hf_fuse.compress.subject import open_subject
 from hf_fuse.errors import FuseError
 
-EXPERTS = 4
-SHAPE = {
-    "vocab_size": VOCABULARY, "hidden_size": WIDTH, "intermediate_size": 24, "num_hidden_layers": 2,
-    "num_attention_heads": HEADS, "num_key_value_heads": 2, "max_position_embeddings": 64, "initializer_range": 0.3,
-    "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 3,
-}  # fmt: skip
-SWITCH = {
-    "vocab_size": VOCABULARY, "d_model": WIDTH, "d_kv": 4, "d_ff": 24, "num_heads": HEADS, "num_layers": 2,
-    "num_decoder_layers": 2, "num_sparse_encoder_layers": 1, "num_sparse_decoder_layers": 1, "num_experts": EXPERTS,
-    "initializer_factor": 1.0, "decoder_start_token_id": 3, "pad_token_id": 3, "eos_token_id": 2,
-}  # fmt: skip
-MODELS = {
-    "mixtral": lambda: t.MixtralForCausalLM(t.MixtralConfig(**SHAPE, num_local_experts=EXPERTS)),
-    "qwen_moe": lambda: t.Qwen2MoeForCausalLM(
-        t.Qwen2MoeConfig(
-            **SHAPE, num_experts=EXPERTS, num_experts_per_tok=2, moe_intermediate_size=8,
-            shared_expert_intermediate_size=8,
-        )
-    ),
-    "switch": lambda: t.SwitchTransformersForConditionalGeneration(t.SwitchTransformersConfig(**SWITCH)),
-}  # fmt: skip
-IDS = torch.arange(4, 16)[None]
-
-
-def _new(kind: str) -> t.PreTrainedModel:
-    torch.manual_seed(0)
-    return MODELS[kind]().eval()
-
-
-def _save(model: t.PreTrainedModel, folder: Path) -> Path:
-    model.save_pretrained(folder)
-    save_tokenizer(folder)
-    return folder
-
 
 @pytest.fixture(scope="module")
 def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("text") / "text.txt"
-    random = torch.Generator().manual_seed(0)
-    path.write_text(" ".join(WORDS[i] for i in torch.randint(len(WORDS), (400,), generator=random)))
-    return path
+    return write_text(tmp_path_factory.mktemp("text") / "text.txt")
 
 
 def _recipe(folder: Path, text: Path, **parameters) -> dict:
     calibration = {"path": str(text), "sequences": 4, "length": 32}
     return {"method": "expert_merging", "model": str(folder), "calibration": calibration, "parameters": parameters}
-
-
-def _logits(model: t.PreTrainedModel) -> torch.Tensor:
-    extra = {"decoder_input_ids": IDS} if model.config.is_encoder_decoder else {}
-    with torch.no_grad():
-        return model(IDS, **extra).logits
-
-
-def _stock(folder: Path) -> t.PreTrainedModel:
-    config = t.AutoConfig.from_pretrained(folder)
-    loader = t.AutoModelForSeq2SeqLM if config.is_encoder_decoder else t.AutoModelForCausalLM
-    return loader.from_pretrained(folder).eval()
 
 
 def _make_equal(model: t.PreTrainedModel, shuffled: bool) -> None:
@@ -104,22 +56,22 @@ def _make_equal(model: t.PreTrainedModel, shuffled: bool) -> None:
 
 @pytest.mark.parametrize("kind", MODELS)
 def test_equal_experts_in_any_neuron_order_merge_without_loss(text, tmp_path, kind):
-    model = _new(kind)
+    model = new_experts(kind)
     _make_equal(model, shuffled=False)
-    before = _logits(model)
+    before = logits_of(model)
     _make_equal(model, shuffled=True)
-    torch.testing.assert_close(_logits(model), before, atol=1e-5, rtol=1e-5)
-    made = hf_fuse.compress(_recipe(_save(model, tmp_path / "model"), text, groups=1), tmp_path / "out")
-    for load in (_stock, hf_fuse.load_compressed):
-        torch.testing.assert_close(_logits(load(made.output).eval()), before, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(logits_of(model), before, atol=1e-5, rtol=1e-5)
+    made = hf_fuse.compress(_recipe(save_experts(model, tmp_path / "model"), text, groups=1), tmp_path / "out")
+    for load in (stock, hf_fuse.load_compressed):
+        torch.testing.assert_close(logits_of(load(made.output).eval()), before, atol=1e-4, rtol=1e-4)
     unaligned = hf_fuse.compress(_recipe(tmp_path / "model", text, groups=1, align=False), tmp_path / "unaligned")
-    assert not torch.allclose(_logits(_stock(unaligned.output)), before, atol=1e-2)
+    assert not torch.allclose(logits_of(stock(unaligned.output)), before, atol=1e-2)
 
 
 @pytest.mark.parametrize("kind", MODELS)
 def test_groups_are_stored_for_stock_loaders_and_kept_once_by_ours(text, tmp_path, kind):
-    model = _new(kind)
-    source = _save(model, tmp_path / "model")
+    model = new_experts(kind)
+    source = save_experts(model, tmp_path / "model")
     made = hf_fuse.compress(_recipe(source, text, groups=2, align=False), tmp_path / "out")
     before, after = load_weights(source), load_weights(tmp_path / "out")
     subject = open_subject(load_compress_recipe(_recipe(source, text, groups=2)))
@@ -137,8 +89,8 @@ def test_groups_are_stored_for_stock_loaders_and_kept_once_by_ours(text, tmp_pat
                     torch.testing.assert_close(after[stored[layer][member][matrix]], expected)
     changed = {name for name in before if not torch.equal(before[name], after[name])}
     assert changed and all(".experts." in name for name in changed)
-    light, stock = hf_fuse.load_compressed(made.output).eval(), _stock(made.output)
-    torch.testing.assert_close(_logits(light), _logits(stock), atol=1e-5, rtol=1e-5)
+    light, whole = hf_fuse.load_compressed(made.output).eval(), stock(made.output)
+    torch.testing.assert_close(logits_of(light), logits_of(whole), atol=1e-5, rtol=1e-5)
     per_expert = sum(before[name].numel() for name in next(iter(stored.values()))[0].values())
     saved = made.before["parameters"] - made.after["parameters"]
     assert saved == per_expert * (len(stored) * EXPERTS - 4)
@@ -147,7 +99,9 @@ def test_groups_are_stored_for_stock_loaders_and_kept_once_by_ours(text, tmp_pat
 
 @pytest.mark.parametrize("kind", ["mixtral", "qwen_moe"])
 def test_usage_and_similarity_are_those_of_the_routers_logits(text, tmp_path, kind):
-    subject = open_subject(load_compress_recipe(_recipe(_save(_new(kind), tmp_path / "model"), text, groups=1)))
+    subject = open_subject(
+        load_compress_recipe(_recipe(save_experts(new_experts(kind), tmp_path / "model"), text, groups=1))
+    )
     found = list(measure_routing(subject).values())
     all_logits: list[list[torch.Tensor]] = [[], []]
     with torch.no_grad():
@@ -195,7 +149,7 @@ def test_neuron_order_is_found_again():
 
 @pytest.mark.parametrize("parameters", [{"groups": 5}, {"groups": 0}, {}])
 def test_impossible_numbers_of_groups_are_refused(text, tmp_path, parameters):
-    source = _save(_new("mixtral"), tmp_path / "model")
+    source = save_experts(new_experts("mixtral"), tmp_path / "model")
     with pytest.raises(FuseError, match="groups"):
         hf_fuse.compress(_recipe(source, text, **parameters), tmp_path / "out")
     assert not (tmp_path / "out").exists()

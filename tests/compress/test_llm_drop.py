@@ -238,7 +238,7 @@ def test_a_light_model_can_be_compressed_again(folder, text, tmp_path):
 def test_lighten_leaves_other_models_alone(folder):
     model = _load(folder("llama"))
     modules = [type(module) for module in model.modules()]
-    assert [type(module) for module in lighten(model).modules()] == modules
+    assert [type(module) for module in lighten(model, folder("llama")).modules()] == modules
 
 
 @pytest.mark.parametrize(

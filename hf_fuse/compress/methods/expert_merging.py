@@ -63,7 +63,7 @@ def expert_merging(
 
     Stored are all experts, equal within a group, as stock loaders need them; ``config.json`` lists the groups, and
     :func:`hf_fuse.load_compressed` keeps each group once. The paper trains the merged model with the old one as its
-    teacher afterwards; that is a run of distillation of its own.
+    teacher afterwards; that is a run of distillation of its own. :mod:`low_rank_experts` is the paper's second stage.
 
     Args:
         groups: mean number of groups per layer; layers where use is spread more evenly get more of them.
