@@ -40,6 +40,10 @@ _PUBLIC = {
     "NolaConfig": "hf_fuse.adapters.nola",
     "AtlasConfig": "hf_fuse.adapters.atlas",
     "MixDaConfig": "hf_fuse.adapters.mixda",
+    "select": "hf_fuse.data.selection",
+    "dmt_stages": "hf_fuse.data.dmt",
+    "class_balanced": "hf_fuse.data.class_balanced",
+    "step_law": "hf_fuse.data.step_law",
     "FuseError": "hf_fuse.errors",
 }
 __all__ = [*_PUBLIC, "__version__"]

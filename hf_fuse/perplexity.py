@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from itertools import islice
 from typing import TYPE_CHECKING
 
@@ -52,6 +52,7 @@ class PerplexityResult:
 
 @dataclass(frozen=True)
 class _Window:
+    text: int  # number of the text that it is cut from
     ids: torch.Tensor  # [L]
     first: int  # position of the first token to score; at least 1, because position 0 has no context
 
@@ -83,14 +84,60 @@ def perplexity(
     Raises:
         FuseError: a text is empty, no text holds a token that can be scored, or a length is out of range.
     """
+    size = _Size()
+    scored = _scored(model, tokenizer, texts, max_length, stride, batch_size, size, on_scored)
+    total = sum(losses_B.sum().item() for _, losses_B in scored)
+    if not size.tokens:
+        raise FuseError(
+            f"perplexity: nothing to score in {len(size.per_text)} text(s): each needs at least two tokens, because the "
+            "first one has no context. Pass longer texts."
+        )
+    loss = total / size.tokens
+    # exp overflows a float above 709 nats; NaN stays NaN.
+    value = math.inf if loss > 700 else math.exp(loss)
+    return PerplexityResult(value, loss, size.tokens, total / math.log(2) / max(size.bytes, 1), size.bytes)
+
+
+def text_losses(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    texts: Iterable[str],
+    *,
+    max_length: int | None = None,
+    stride: int | None = None,
+    batch_size: int = 8,
+    on_scored: Callable[[int], None] | None = None,
+) -> list[float]:
+    """Mean negative log-likelihood of each text, in nats per token; NaN for a text without a token that can be scored.
+
+    Arguments and errors as for :func:`perplexity`.
+    """
+    size = _Size()
+    totals: dict[int, float] = {}
+    for windows, losses_B in _scored(model, tokenizer, texts, max_length, stride, batch_size, size, on_scored):
+        for window, loss in zip(windows, losses_B.tolist()):
+            totals[window.text] = totals.get(window.text, 0.0) + loss
+    return [totals.get(text, 0.0) / tokens if tokens else math.nan for text, tokens in enumerate(size.per_text)]
+
+
+def _scored(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    texts: Iterable[str],
+    max_length: int | None,
+    stride: int | None,
+    batch_size: int,
+    size: _Size,
+    on_scored: Callable[[int], None] | None,
+) -> Iterator[tuple[list[_Window], torch.Tensor]]:
+    """Batches of windows with the summed loss of each, fp64 [B]; ``size`` counts what they score."""
     import torch
 
     max_length, stride = window_lengths(model.config, tokenizer, max_length, stride)
     if batch_size < 1:
         raise FuseError(f"batch_size is {batch_size}; expected 1 or more windows per forward pass.")
-    size = _Size()
     windows = _windows(tokenizer, texts, max_length, stride, model.get_input_embeddings().weight.shape[0], size)
-    total, was_training = 0.0, model.training
+    was_training = model.training
     model.eval()
     try:
         with torch.no_grad():
@@ -99,27 +146,21 @@ def perplexity(
             while pool := sorted(islice(windows, 32 * batch_size), key=lambda window: len(window.ids)):
                 for start in range(0, len(pool), batch_size):
                     batch = pool[start : start + batch_size]
-                    total += _batch_loss(model, head, batch)
+                    yield batch, _batch_losses(model, head, batch)
                     if on_scored:
                         on_scored(sum(len(window.ids) - window.first for window in batch))
     finally:
         model.train(was_training)
-    if not size.tokens:
-        raise FuseError(
-            f"perplexity: nothing to score in {size.texts} text(s): each needs at least two tokens, because the first "
-            "one has no context. Pass longer texts."
-        )
-    loss = total / size.tokens
-    # exp overflows a float above 709 nats; NaN stays NaN.
-    value = math.inf if loss > 700 else math.exp(loss)
-    return PerplexityResult(value, loss, size.tokens, total / math.log(2) / max(size.bytes, 1), size.bytes)
 
 
 @dataclass
 class _Size:
-    texts: int = 0
-    tokens: int = 0
+    per_text: list[int] = field(default_factory=list)  # scored tokens
     bytes: int = 0
+
+    @property
+    def tokens(self) -> int:
+        return sum(self.per_text)
 
 
 def window_lengths(config, tokenizer, max_length: int | None = None, stride: int | None = None) -> tuple[int, int]:
@@ -164,15 +205,14 @@ def _windows(
                 f"perplexity: the tokenizer gives token id {int(ids.max())} in text {number} (counted from 0), but the "
                 f"model embeds ids below {vocabulary} only. Pass the tokenizer that belongs to the model."
             )
-        size.texts += 1
-        size.tokens += max(len(ids) - 1, 0)
+        size.per_text.append(max(len(ids) - 1, 0))
         size.bytes += len(text.encode()) - _first_token_bytes(tokenizer, ids)
         end = 1  # first token not scored yet
         for begin in range(0, len(ids), stride):
             if end >= len(ids):
                 break
             window = ids[begin : begin + max_length]
-            yield _Window(window, end - begin)
+            yield _Window(number, window, end - begin)
             end = begin + len(window)
 
 
@@ -184,8 +224,8 @@ def _first_token_bytes(tokenizer, ids: torch.Tensor) -> int:
     return len(tokenizer.decode(ids[:1], clean_up_tokenization_spaces=False).replace("\ufffd", "?").encode())
 
 
-def _batch_loss(model, head: torch.nn.Module | None, batch: list[_Window]) -> float:
-    """Summed negative log-likelihood of the tokens to score in ``batch``, in nats."""
+def _batch_losses(model, head: torch.nn.Module | None, batch: list[_Window]) -> torch.Tensor:
+    """Summed negative log-likelihood of the tokens to score in each window, in nats, fp64 [B]."""
     import torch
 
     device = model.get_input_embeddings().weight.device
@@ -202,16 +242,17 @@ def _batch_loss(model, head: torch.nn.Module | None, batch: list[_Window]) -> fl
     ids_BL, mask_BL = ids_BL.to(device), mask_BL.to(device)
     if head is not None:
         hidden_BLD, _ = _one_position_through(head, model, ids_BL, mask_BL)
-        return _summed_loss(head, hidden_BLD[scored_BL.to(hidden_BLD.device)], targets_BL[scored_BL])
-    # A few rows at a time: the logits are L x V per row.
-    rows = max(1, LOGIT_BYTES // (longest * model.config.get_text_config().vocab_size))
-    total = 0.0
-    for part in (slice(start, start + rows) for start in range(0, len(batch), rows)):
-        logits_BLV = model(input_ids=ids_BL[part], attention_mask=mask_BL[part], use_cache=False).logits
-        scored_logits_NV = logits_BLV[scored_BL[part].to(logits_BLV.device)]
-        del logits_BLV
-        total += _summed_loss(lambda logits_CV: logits_CV, scored_logits_NV, targets_BL[part][scored_BL[part]])
-    return total
+        losses = [_losses(head, hidden_BLD[scored_BL.to(hidden_BLD.device)], targets_BL[scored_BL])]
+    else:
+        # A few rows at a time: the logits are L x V per row.
+        rows, losses = max(1, LOGIT_BYTES // (longest * model.config.get_text_config().vocab_size)), []
+        for part in (slice(start, start + rows) for start in range(0, len(batch), rows)):
+            logits_BLV = model(input_ids=ids_BL[part], attention_mask=mask_BL[part], use_cache=False).logits
+            scored_logits_NV = logits_BLV[scored_BL[part].to(logits_BLV.device)]
+            del logits_BLV
+            losses.append(_losses(lambda logits_CV: logits_CV, scored_logits_NV, targets_BL[part][scored_BL[part]]))
+    rows_N = torch.arange(len(batch)).repeat_interleave(scored_BL.sum(dim=1))
+    return torch.zeros(len(batch), dtype=torch.float64).index_add_(0, rows_N, torch.cat(losses))
 
 
 def _bare_head(model) -> torch.nn.Module | None:
@@ -250,19 +291,20 @@ def _one_position_through(
     return (given[0] if len(given) == 1 else None), logits_B1V
 
 
-def _summed_loss(
+def _losses(
     head: Callable[[torch.Tensor], torch.Tensor], inputs_NX: torch.Tensor, targets_N: torch.Tensor
-) -> float:
-    """Sum over N of the cross-entropy, the softmax in fp32 and over a block of tokens at a time."""
+) -> torch.Tensor:
+    """Cross-entropy of each of N tokens, fp64 on the CPU; the softmax in fp32 and over a block of tokens at a time."""
+    import torch
     from torch.nn.functional import cross_entropy
 
     if not len(inputs_NX):
-        return 0.0
+        return torch.zeros(0, dtype=torch.float64)
     vocabulary = head(inputs_NX[:1]).shape[-1]
     block = max(1, LOGIT_BYTES // (4 * vocabulary))
-    total = 0.0
+    found = []
     for start in range(0, len(inputs_NX), block):
         logits_CV = head(inputs_NX[start : start + block]).float()
         targets_C = targets_N[start : start + block].to(logits_CV.device)
-        total += cross_entropy(logits_CV, targets_C, reduction="none").double().sum().item()
-    return total
+        found.append(cross_entropy(logits_CV, targets_C, reduction="none").double().cpu())
+    return torch.cat(found)

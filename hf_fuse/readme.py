@@ -71,6 +71,18 @@ def distillation_table() -> str:
     return "\n".join(["| method | what it does | options |", "|---|---|---|", *rows])
 
 
+def selection_table() -> str:
+    """All methods that choose training data: what they compare with, and their options."""
+    rows = []
+    for name in registry.names("data"):
+        method = registry.get("data", name)
+        needs = list(inspect.signature(method.function).parameters)[1 : -len(method.options)]
+        rows.append(
+            f"| {_linked(name, method.paper)} | {method.summary} | {_listed(needs)} | {_listed(method.options)} |"
+        )
+    return "\n".join(["| method | what it does | needs | options |", "|---|---|---|---|", *rows])
+
+
 def _linked(name: str, paper: str | None) -> str:
     return f"[`{name}`]({paper})" if paper else f"`{name}`"
 
@@ -79,7 +91,13 @@ def _listed(names) -> str:
     return ", ".join(f"`{name}`" for name in names)
 
 
-TABLES = {"methods": merge_table, "adapters": adapter_table, "losses": loss_table, "distillation": distillation_table}
+TABLES = {
+    "selection": selection_table,
+    "methods": merge_table,
+    "adapters": adapter_table,
+    "losses": loss_table,
+    "distillation": distillation_table,
+}
 
 
 def with_tables(text: str) -> str:

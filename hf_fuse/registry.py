@@ -11,7 +11,7 @@ import inspect
 import pkgutil
 import re
 import typing
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from importlib import import_module
@@ -28,6 +28,9 @@ KINDS = {
     "losses": "hf_fuse.losses",
     "compress": "hf_fuse.compress.methods",
     "distill": "hf_fuse.distill.methods",
+    "data": "hf_fuse.data.methods",
+    "attached": "hf_fuse.distill.attached",
+    "decode": "hf_fuse.decode.methods",
 }
 LARGEST = 3.4028234663852886e38  # float32's
 # Filled in by the engine, not by the user.
@@ -127,6 +130,19 @@ class Method:
         if name not in self.options:
             raise RecipeError(f"{where}: {self.name} has no parameter {name!r}. {nearest(name, self.options)}")
         return self.options[name]
+
+    def settings(self, said: Mapping[str, Any], where: str = "parameters") -> dict[str, Any]:
+        """All keyword arguments, checked: what a recipe says, and defaults for the rest.
+
+        Raises:
+            RecipeError: unknown or missing parameter, or one out of range.
+        """
+        given = {self.option(name, where): value for name, value in said.items()}
+        for option in self.options.values():
+            if option.required and option not in given:
+                raise RecipeError(f"{where}: {option.name} is missing. Expected {option.describe()}.")
+        found = {option.keyword: option.default for option in self.options.values()}
+        return found | {option.keyword: option.check(value, where) for option, value in given.items()}
 
 
 def nearest(name: str, known: Sequence[str] | dict) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shlex
 from pathlib import Path
@@ -11,6 +12,7 @@ import torch
 
 from hf_fuse import cli, load_recipe
 from hf_fuse.compress.recipe import load_compress_recipe
+from hf_fuse.data.select_recipe import load_select_recipe
 from hf_fuse.readme import README, with_tables
 from hf_fuse.training_recipe import load_training_recipe
 
@@ -39,6 +41,8 @@ def folder(tmp_path_factory):
         model.save_pretrained(root / "hf-fuse-demo" / name)
         tokenizer.save_pretrained(root / "hf-fuse-demo" / name)
     (root / "README.md").write_text(TEXT[:2000])
+    for name, paragraphs in {"pool": TEXT.split("\n\n"), "articles": TEXT.split("\n\n")[:5]}.items():
+        (root / f"{name}.jsonl").write_text("\n".join(json.dumps({"text": text}) for text in paragraphs))
     for block in blocks("yaml"):
         if name := re.match(r"# (\S+\.yaml)\n", block):
             (root / name[1]).write_text(block)
@@ -72,6 +76,9 @@ def test_recipes_run_or_are_at_least_valid(folder, monkeypatch, tmp_path):
         (tmp_path / f"{number}.yaml").write_text(block)
         if "\nadapter:" in block:
             load_training_recipe(tmp_path / f"{number}.yaml")
+            continue
+        if "\nkeep:" in block:
+            load_select_recipe(tmp_path / f"{number}.yaml")
             continue
         if "\ncalibration:" in block:
             load_compress_recipe(tmp_path / f"{number}.yaml")

@@ -25,6 +25,8 @@ COMMANDS = (
     "extract",
     "inspect",
     "evaluate",
+    "select",
+    "step_law",
     "demo",
 )
 

@@ -1,0 +1,1 @@
+"""Data selection: one file per method, one score per text."""
