@@ -40,6 +40,8 @@ _PUBLIC = {
     "NolaConfig": "hf_fuse.adapters.nola",
     "AtlasConfig": "hf_fuse.adapters.atlas",
     "MixDaConfig": "hf_fuse.adapters.mixda",
+    "PstConfig": "hf_fuse.adapters.pst",
+    "PstSchedule": "hf_fuse.adapters.pst",
     "select": "hf_fuse.data.selection",
     "dmt_stages": "hf_fuse.data.dmt",
     "class_balanced": "hf_fuse.data.class_balanced",

@@ -107,6 +107,8 @@ class FuseTrainer(Trainer):
         self.router_usage = RouterUsage()
         if args.router_statistics:
             self.add_callback(ExpertUsageChart(self))
+        for callback in getattr(getattr(model, "base_model", None), "trainer_callbacks", ()):
+            self.add_callback(callback)
         self._stateful = [objective for objective in self.objectives if objective.stateful]
         prepare(self._stateful, self._base, self.train_dataset, seed=args.seed, device=args.device)
         self._head_parameters = trained_parameters(self._stateful, self.accelerator)

@@ -7,7 +7,7 @@ from peft.tuners.tuners_utils import BaseTuner
 from peft.utils import PeftType, register_peft_method
 
 # Modules of this folder that end with a call of `register`; importing the package imports them all.
-METHODS = ("mixlora", "dynmole", "mola", "loramoe", "hydralora", "nola", "atlas", "mixda")
+METHODS = ("mixlora", "dynmole", "mola", "loramoe", "hydralora", "nola", "atlas", "mixda", "pst")
 
 
 def register(name: str, config_cls: type[PeftConfig], model_cls: type[BaseTuner]) -> None:

@@ -77,6 +77,10 @@ def _mixda(**settings) -> PeftConfig:
     return hf_fuse.MixDaConfig(**usual | settings)
 
 
+def _pst(**settings) -> PeftConfig:
+    return hf_fuse.PstConfig(**{"sparsity": 0.3, "r": 2, "score_r": 2, "target_modules": EVERYWHERE} | settings)
+
+
 ADAPTERS = {
     "mixlora": _routed("MixLoraConfig", router_aux_loss_coef=0.1),
     "mixlora_dora": _routed("MixLoraConfig", use_dora=True, router_aux_loss_coef=0.1),
@@ -90,6 +94,7 @@ ADAPTERS = {
     "atlas": Adapter(_atlas, mergeable=True),
     "mixda": Adapter(_mixda, starts_as_base=False),
     "mixda_ungated": Adapter(partial(_mixda, gate="none")),
+    "pst": Adapter(_pst, mergeable=True, starts_as_base=False),
 }
 
 
