@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
+from hf_fuse import registry
 from hf_fuse.errors import RecipeError
 from hf_fuse.objectives import Objective, Schedule, read_objectives
 from hf_fuse.trainer_config import FuseConfig
@@ -12,7 +13,8 @@ from hf_fuse.trainer_config import FuseConfig
 
 @dataclass
 class DistillConfig(FuseConfig):
-    """``FuseConfig`` whose objectives may be distillation methods (:mod:`hf_fuse.distill.methods`) as well.
+    """``FuseConfig`` whose objectives may be distillation methods (:mod:`hf_fuse.distill.methods`,
+    :mod:`hf_fuse.distill.attached`) as well.
 
     Raises:
         RecipeError: an objective that does not exist, one that has a wrong option, or no distillation method at all.
@@ -43,14 +45,16 @@ class DistillConfig(FuseConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not any(is_distillation(objective) for objective in self.read_objectives()[1]):
+        attached = registry.names("attached")
+        if not any(is_distillation(o) or o.name in attached for o in self.read_objectives()[1]):
             raise RecipeError("objectives: none of them is a distillation method. Add {'forward_kl': 1.0}.")
         if self.chunk_size < 0:
             raise RecipeError(f"chunk_size is {self.chunk_size}, expected a number of predictions, or 0 for all.")
 
     def read_objectives(self) -> tuple[Schedule, list[Objective]]:
-        return read_objectives(self.objectives or {}, kinds=("losses", "distill"))
+        return read_objectives(self.objectives or {}, kinds=("losses", "distill", "attached"))
 
 
 def is_distillation(objective: Objective) -> bool:
+    """Whether it is computed where the teacher's logits are, chunk by chunk if need be."""
     return "teacher" in objective.needs.values()

@@ -28,8 +28,13 @@ from hf_fuse.distill.teachers import (
 from hf_fuse.errors import FuseError
 from hf_fuse.loss_inputs import kept_predictions, without
 from hf_fuse.losses._predictions import class_indices
+from hf_fuse.model_features import classifier_inputs, sample_features
+from hf_fuse.objective_heads import trained_parameters
 from hf_fuse.objectives import Objective
 from hf_fuse.trainer import FuseTrainer
+
+# What objectives of `distill/attached` may ask for besides.
+FURTHER = ("teacher_logits", "inputs", "model")
 
 
 class DistillTrainer(FuseTrainer):
@@ -48,24 +53,27 @@ class DistillTrainer(FuseTrainer):
         model: the student: a transformers or PEFT model.
         args: a :class:`DistillConfig`.
         teacher: a model, its name on the Hub or folder, ``"base"`` for the student's base model with its adapters
-            switched off, or a list of such. The terms of several teachers are added with ``teacher_weights``.
+            switched off, or a list of such. The terms of several teachers are added with ``teacher_weights``. None
+            for objectives that do without (:mod:`hf_fuse.distill.attached`).
         teacher_tokenizer: of all teachers, where it can't be found beside them. It must be the student's.
+        peers: models that learn together with the student, for the objective ``mutual``.
         trainer_arguments: of :class:`~hf_fuse.FuseTrainer`: ``peft_config``, ``train_dataset``, ``processing_class``...
 
     Raises:
         FuseError: a teacher can't be loaded, or predicts other tokens or classes than the student; or ``chunk_size``
-            with a model or objective that it can't serve.
+            with a model or objective that it can't serve; or an objective lacks its teacher.
     """
 
-    extra_tensors = frozenset({"student", "teacher", "distilled"})
+    extra_tensors = frozenset({"student", "teacher", "distilled", *FURTHER})
 
     def __init__(
         self,
         model: nn.Module | None = None,
         args: DistillConfig | None = None,
         *,
-        teacher: nn.Module | str | list[nn.Module | str],
+        teacher: nn.Module | str | list[nn.Module | str] | None = None,
         teacher_tokenizer: Any = None,
+        peers: list[nn.Module] | None = None,
         **trainer_arguments: Any,
     ) -> None:
         args = DistillConfig() if args is None else args
@@ -76,16 +84,50 @@ class DistillTrainer(FuseTrainer):
         self.objectives = [_from_the_forward_pass(o) if is_distillation(o) else o for o in self.objectives]
         self._distilled: dict[str, Tensor] = {}
         self._logits_wanted, self._head_checked = False, False
-        self.teachers = [self._teacher(each) for each in (teacher if isinstance(teacher, list) else [teacher])]
+        self.peers = peers
+        self._teacher_logits: Tensor | None = None
+        given = [] if teacher is None else teacher if isinstance(teacher, list) else [teacher]
+        self.teachers = [self._teacher(each) for each in given]
         self._teacher_weights = self._checked_weights()
         tokenizer = tokenizer_of(self._base, self.processing_class)
         for each in self.teachers:
             check_teacher(each, self._base, tokenizer, tokenizer_of(each.base, teacher_tokenizer))
         if args.chunk_size:
             self._check_chunks()
+        for objective in self._stateful:
+            if hasattr(objective.loss, "attach"):
+                objective.loss.attach(self)
+                objective.loss.to(args.device)
+        self._head_parameters = trained_parameters(self._stateful, self.accelerator)
+
+    @property
+    def student(self) -> nn.Module:
+        """The model inside of wrappers, with its adapters."""
+        return self.accelerator.unwrap_model(self.model)
+
+    @property
+    def base(self) -> nn.Module:
+        """The transformers model inside of wrappers and adapters."""
+        return self._base
+
+    def predictions(self, outputs: Any, inputs: dict[str, Any]) -> tuple[Tensor, Tensor]:
+        """The logits ``(N, C)`` of a further forward pass, and the labels ``(N,)``, where ``inputs`` have labels."""
+        labels, shifted = labels_of(inputs, shifted=self._loss_shifts_labels)
+        return kept_predictions(outputs.logits, labels, shifted=shifted)
+
+    def further_pass(self, model: nn.Module, inputs: dict[str, Any]) -> tuple[Any, Tensor | None]:
+        """The output for other inputs, and what the classifier took, ``(B, D)``; None from models without one."""
+        with classifier_inputs(self._base) as seen:
+            outputs = model(**inputs)
+        return outputs, sample_features(self._base, inputs, outputs, seen) if seen else None
 
     def named_tensors(self, needed: set[str], model: nn.Module, inputs: dict[str, Any], outputs: Any) -> dict[str, Any]:
-        return super().named_tensors(needed, model, inputs, outputs) | {"distilled": self._distilled}
+        return super().named_tensors(needed, model, inputs, outputs) | {
+            "distilled": self._distilled,
+            "teacher_logits": self._teacher_logits,
+            "inputs": self._of_model(inputs),
+            "model": model,
+        }
 
     def prediction_step(
         self,
@@ -104,14 +146,16 @@ class DistillTrainer(FuseTrainer):
     def _forward(self, model: nn.Module, inputs: dict[str, Any]) -> tuple[Tensor, Tensor | None, Any]:
         weights = self._weights(model.training)
         methods = [objective for objective in self._methods if objective.name in weights]
+        asking = model.training and any("teacher_logits" in o.needs.values() for o in self.objectives)
         labels, shifted = labels_of(inputs, shifted=self._loss_shifts_labels)
         if labels is None and (methods or self.args.chunk_size):
             raise FuseError(f"Distillation needs labels to know the predictions; the batch has {', '.join(inputs)}.")
         if self.args.chunk_size and not self._logits_wanted:
             return self._forward_in_chunks(model, inputs, methods)
         # Before the student's pass: switching adapters must not fall between it and its backward pass.
-        teachers = self.teachers if methods else []
+        teachers = self.teachers if methods or asking else []
         teacher_NV = [kept_predictions(each.logits(inputs), labels, shifted=shifted)[0] for each in teachers]
+        self._teacher_logits = teacher_NV[0] if asking else None
         task, router_loss, outputs = super()._forward(model, inputs)
         if methods:
             student_NV, labels_N = kept_predictions(outputs.logits, labels, shifted=shifted)
@@ -187,11 +231,17 @@ class DistillTrainer(FuseTrainer):
 
     def _checked_weights(self) -> list[float]:
         count, weights = len(self.teachers), self.args.teacher_weights
-        if not count:
-            raise FuseError("teacher is an empty list. Give at least one.")
+        asking = [o.name for o in self.objectives if "teacher_logits" in o.needs.values()]
+        learning = [objective.name for objective in self._methods] + asking
+        if learning and not count:
+            raise FuseError(f"objectives.{learning[0]}: needs a teacher, and none is given. Give at least one.")
+        if count and not learning:
+            raise FuseError("A teacher is given, but no objective learns from one. Add {'forward_kl': 1.0}.")
+        if asking and count > 1:
+            raise FuseError(f"objectives.{asking[0]}: learns from one teacher, and {count} are given.")
         if weights is not None and len(weights) != count:
             raise FuseError(f"teacher_weights has {len(weights)} numbers for {count} teacher(s).")
-        return weights or [1 / count] * count
+        return weights or [1 / max(count, 1)] * count
 
     def _check_chunks(self) -> None:
         if not self._loss_shifts_labels or self._base.get_output_embeddings() is None:
@@ -199,7 +249,7 @@ class DistillTrainer(FuseTrainer):
                 f"chunk_size is for causal language models; the student is a {type(self._base).__name__}. Set it to 0."
             )
         for objective in self.objectives:
-            if not {"logits", "second_logits"}.isdisjoint(objective.needs.values()):
+            if not {"logits", "second_logits", "teacher_logits"}.isdisjoint(objective.needs.values()):
                 raise FuseError(
                     f"objectives.{objective.name}: needs all logits, which chunks never make. Set chunk_size to 0."
                 )

@@ -261,7 +261,8 @@ def test_evaluation_keeps_its_outputs_small(tmp_path):
 
 
 def test_settings_are_checked(tmp_path):
-    refused("empty list", tmp_path, teacher=list)
+    refused("forward_kl: needs a teacher, and none is given", tmp_path, teacher=list)
+    refused("no objective learns from one", tmp_path, objectives={"mesa": 1.0})
     refused("2 numbers for 1 teacher", tmp_path, teacher_weights=[0.5, 0.5])
     refused("without an adapter", tmp_path, teacher=lambda: "base")
     refused("can't be loaded", tmp_path, teacher=lambda: str(tmp_path / "nowhere"))

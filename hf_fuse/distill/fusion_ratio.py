@@ -1,0 +1,126 @@
+"""TGeo-KD's controller: from features of a prediction, how much the teacher counts; and the features.
+
+N predictions, V tokens or classes (C of a classifier), F features.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.optim.adam import adam
+
+LOWEST, HIGHEST = 0.05, 0.95
+WIDTHS = (32, 16)
+SCALARS = 8
+
+
+def wide(logits: Tensor) -> Tensor:
+    """At least fp32."""
+    return logits if logits.dtype == torch.float64 else logits.float()
+
+
+def gaps(student_NV: Tensor, teacher_NV: Tensor, labels_N: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+    """``T^2 KL(teacher || student)`` and the cross-entropy of each prediction, ``(N,)`` both."""
+    student_NV, teacher_NV = wide(student_NV), wide(teacher_NV)
+    kl_N = F.kl_div(
+        (student_NV / temperature).log_softmax(-1),
+        (teacher_NV / temperature).log_softmax(-1),
+        reduction="none",
+        log_target=True,
+    ).sum(-1)
+    return temperature**2 * kl_N, F.cross_entropy(student_NV, labels_N, reduction="none")
+
+
+@torch.no_grad()
+def scalar_features(student_NV: Tensor, teacher_NV: Tensor, labels_N: Tensor) -> Tensor:
+    """The triangle of student S, teacher T and label G in numbers that don't grow with the vocabulary, ``(N, 8)``.
+
+    Squared distances S-T, S-G, T-G, Jensen-Shannon divergence of S and T in units of log 2, probabilities of the label,
+    entropies in units of log V.
+    """
+    log_s, log_t = wide(student_NV).log_softmax(-1), wide(teacher_NV).log_softmax(-1)
+    s_NV, t_NV = log_s.exp(), log_t.exp()
+    at_label = [probabilities.gather(-1, labels_N.unsqueeze(-1)).squeeze(-1) for probabilities in (s_NV, t_NV)]
+    squares = [probabilities.square().sum(-1) for probabilities in (s_NV, t_NV)]
+    entropies = [torch.special.entr(probabilities).sum(-1) for probabilities in (s_NV, t_NV)]
+    mixed_N = torch.special.entr((s_NV + t_NV) / 2).sum(-1) - sum(entropies) / 2
+    to_label = [square + 1 - 2 * label for square, label in zip(squares, at_label)]
+    most = math.log(max(student_NV.shape[-1], 2))
+    return torch.stack(
+        [(s_NV - t_NV).square().sum(-1), *to_label, mixed_N / math.log(2), *at_label, *(e / most for e in entropies)],
+        -1,
+    )
+
+
+@torch.no_grad()
+def vector_features(student_NC: Tensor, teacher_NC: Tensor, labels_N: Tensor, class_means_NC: Tensor) -> Tensor:
+    """Those of the reference, ``(N, 9 C)``: the vertices S, T, G and M, and five squared differences between them.
+
+    Args:
+        student_NC: logits.
+        teacher_NC: logits.
+        labels_N: classes.
+        class_means_NC: M, the teacher's mean probabilities for samples of the same class.
+    """
+    s, t = wide(student_NC).softmax(-1), wide(teacher_NC).softmax(-1)
+    g = F.one_hot(labels_N, s.shape[-1]).to(s)
+    m = class_means_NC.to(s)
+    return torch.cat([s, t, g, m, *((a - b).square() for a, b in ((m, s), (g, s), (t, s), (t, g), (m, g)))], -1)
+
+
+class Controller(nn.Module):
+    """A small network F -> 32 -> 16 -> 1 whose output lies in (0.05, 0.95), and Adam for it.
+
+    Its weights and Adam's moments are buffers: they are saved with the rest of a loss's state, and the student's
+    optimizer does not get them. The last layer starts at 0, so that every ratio starts at 0.5.
+
+    Args:
+        features: F.
+        learning_rate: of Adam.
+        weight_decay: likewise.
+    """
+
+    weights: Tensor
+
+    def __init__(self, features: int, *, learning_rate: float = 0.1, weight_decay: float = 0.05) -> None:
+        super().__init__()
+        self.learning_rate, self.weight_decay = learning_rate, weight_decay
+        layers = [nn.Linear(inner, outer) for inner, outer in zip((features, *WIDTHS), (*WIDTHS, 1))]
+        self.shapes = [tuple(parameter.shape) for layer in layers for parameter in layer.parameters()]
+        for parameter in layers[-1].parameters():
+            nn.init.zeros_(parameter)
+        weights = torch.cat([parameter.detach().flatten() for layer in layers for parameter in layer.parameters()])
+        self.register_buffer("weights", weights)
+        self.register_buffer("first_moment", torch.zeros_like(weights))
+        self.register_buffer("second_moment", torch.zeros_like(weights))
+        self.register_buffer("steps", torch.zeros(()))
+
+    def forward(self, features_NF: Tensor, weights: Tensor | None = None) -> Tensor:
+        """Ratios ``(N,)``; ``weights`` in the place of its own, to differentiate by them."""
+        weights = self.weights if weights is None else weights
+        parts = weights.split([math.prod(shape) for shape in self.shapes])
+        parts = [part.view(shape) for part, shape in zip(parts, self.shapes)]
+        values = features_NF.to(weights.dtype)
+        for number in range(0, len(parts), 2):
+            values = F.linear(values, parts[number], parts[number + 1])
+            if number + 2 < len(parts):
+                values = F.leaky_relu(values)
+        return LOWEST + (HIGHEST - LOWEST) * values.squeeze(-1).sigmoid()
+
+    def gradient(self, features_NF: Tensor, by_ratio_N: Tensor) -> Tensor:
+        """Of the validation loss by the weights, given that by each ratio."""
+        weights = self.weights.detach().clone().requires_grad_()
+        with torch.enable_grad():
+            ratios_N = self(features_NF, weights)
+        return torch.autograd.grad(ratios_N, weights, by_ratio_N.to(ratios_N.dtype))[0]
+
+    def step(self, gradient: Tensor) -> None:
+        """One step of Adam."""
+        adam(
+            [self.weights], [gradient], [self.first_moment], [self.second_moment], [], [self.steps], foreach=False,
+            amsgrad=False, beta1=0.9, beta2=0.999, lr=self.learning_rate, weight_decay=self.weight_decay, eps=1e-8,
+            maximize=False,
+        )  # fmt: skip
