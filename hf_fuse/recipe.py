@@ -145,6 +145,7 @@ class Recipe(_Strict):
     chat_template: str | None = None
     tie_word_embeddings: bool | None = None
     optional_tensors: list[str] = Field(default_factory=list)
+    heads: Reference | None = None  # the model whose head a merge of classifiers has; heads are not merged then
     seed: int = Field(default=0, ge=0)
     max_shard_size: str | int = "5GB"
     output: str | None = None
@@ -162,10 +163,16 @@ class Recipe(_Strict):
         return self
 
     @model_validator(mode="after")
+    def _head_of_a_model(self) -> Recipe:
+        if self.heads is not None and (self.slices or self.heads.key not in {ref.key for ref in self.references}):
+            raise ValueError(f"heads is {self.heads.key!r}, expected one of models (without slices)")
+        return self
+
+    @model_validator(mode="after")
     def _only_what_an_adapter_has(self) -> Recipe:
         if self.output_kind == "model" and self.rank is not None:
             raise ValueError("rank is that of an adapter: say output_kind: adapter too, or remove it")
-        unfit = ("slices", "tokenizer", "chat_template", "tie_word_embeddings")
+        unfit = ("slices", "tokenizer", "chat_template", "tie_word_embeddings", "heads")
         if self.output_kind == "adapter" and (said := [key for key in unfit if getattr(self, key) is not None]):
             raise ValueError(f"{said[0]} has no meaning with output_kind: adapter. Remove it")
         return self

@@ -25,6 +25,7 @@ from hf_fuse.errors import CheckpointError, RecipeError
 from hf_fuse.merge import adapter_inputs
 from hf_fuse.merge.adapter_inputs import Inputs, Whole
 from hf_fuse.merge.adapter_sources import AdapterChanges, BaseOfChanges
+from hf_fuse.merge.coefficients import with_learned
 from hf_fuse.merge.plan import Plan, check_room
 from hf_fuse.merge.units import COPY, MEAN, MERGE, Input, Unit, build_units, takes_base
 from hf_fuse.merge.workers import default_workers
@@ -174,6 +175,7 @@ def _units(recipe: Recipe, method: Method, inputs: Inputs, whole: list[Whole]) -
     tables = {key: {name: source.tensors[name] for name in merged if name in source.tensors}
               for key, source in sources.items()}  # fmt: skip
     stated = recipe.model_copy(update={"base_model": recipe.base_model or ModelRef(path=NO_BASE)})
+    stated = with_learned(stated, method, inputs.base_parent if inputs.known else None, inputs.parents)
     units = build_units(stated, method, tables, Tying())
     for entry in whole:
         if entry not in by_method:

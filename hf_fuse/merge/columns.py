@@ -10,16 +10,11 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
-import torch
-from torch import Tensor
-
 from hf_fuse.errors import RecipeError
-from hf_fuse.merge.methods._random import STEPS, TensorRandom
 from hf_fuse.merge.parameters import is_at_the_end, layer_of
 from hf_fuse.merge.units import Unit
 
 Granularity = Literal["task", "block", "tensor", "chunk"]
-Cut = Literal["slices", "scattered"]
 
 
 @dataclass(frozen=True)
@@ -33,23 +28,6 @@ class Columns:
     first: int
     count: int = 1
     learned: bool = True
-
-
-def chunk_numbers(name: str, numel: int, count: int, cut: str, seed: int, start: int, stop: int) -> Tensor:
-    """For elements ``[start, stop)`` of a flattened tensor the chunk that each is in, ``int64 [stop - start]``.
-
-    Args:
-        cut: ``slices`` are contiguous, equal up to one element, the longer ones first (``torch.tensor_split``);
-            ``scattered`` draws the chunk of each element, the same for any ``start``.
-        seed: of the draw; the tensor's name counts too.
-    """
-    if cut == "scattered":
-        bits = torch.from_numpy(TensorRandom(seed, name, start).bits(0, stop - start).astype("int64"))
-        return bits * count // STEPS
-    short, longer = divmod(numel, count)
-    places = torch.arange(start, stop)
-    edge = longer * (short + 1)
-    return torch.where(places < edge, places // (short + 1), longer + (places - edge) // max(short, 1))
 
 
 def columns(

@@ -36,7 +36,8 @@ import torch
 from torch import Tensor
 
 from hf_fuse.checkpoint.reader import FilePool
-from hf_fuse.merge.columns import Columns, chunk_numbers
+from hf_fuse.merge.columns import Columns
+from hf_fuse.merge.learned_weights import chunk_numbers
 from hf_fuse.merge.live import Region, regions
 from hf_fuse.merge.sources import BLOCK, Buffers
 from hf_fuse.merge.stream import Merger
@@ -56,7 +57,7 @@ class Contraction:
         units: what is merged; those of other actions are left alone.
         layout: columns of each unit; of units that are not in it the live model keeps what it has.
         count: columns in all, G.
-        cut, seed: of tensors with several columns, see :func:`~hf_fuse.merge.columns.chunk_numbers`.
+        cut, seed: of tensors with several columns, see :func:`~hf_fuse.merge.learned_weights.chunk_numbers`.
         change: what to make of the task vectors before they are used.
         watch: is shown every block of gradients.
 

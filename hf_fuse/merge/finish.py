@@ -13,6 +13,7 @@ from hf_fuse.checkpoint.chat_template import chat_template
 from hf_fuse.checkpoint.reader import FLOAT_DTYPES, read_json
 from hf_fuse.checkpoint.tokenizer import copy_files, read_tokenizer, tokenizer_files
 from hf_fuse.merge.carry import output_config, write_json
+from hf_fuse.merge.heads import with_head
 from hf_fuse.merge.parameters import layer_of
 from hf_fuse.merge.plan import Parent, Plan
 from hf_fuse.recipe import ModelRef, Recipe, dump_recipe
@@ -80,8 +81,11 @@ def _config(plan: Plan) -> dict[str, Any]:
     floats = {unit.dtype for unit in plan.units if unit.dtype in FLOAT_DTYPES}
     may_change = plan.recipe.out_dtype is not None or plan.recipe.dialect == "mergekit"  # there the widest input counts
     changed_dtype = may_change and len(floats) == 1
+    config = plan.reference.checkpoint.config
+    if plan.recipe.heads is not None:
+        config = with_head(config, plan.parents[plan.recipe.heads.key].checkpoint.config)
     return output_config(
-        plan.reference.checkpoint.config,
+        config,
         out_dtype=floats.pop() if changed_dtype else None,
         layers=_layers(plan) if plan.recipe.slices else None,
         vocab_size=plan.alignment.size if plan.alignment else None,
@@ -118,8 +122,7 @@ def resolved_recipe(plan: Plan) -> Recipe:
 
     recipe = plan.recipe
     update: dict[str, Any] = {"models": [pin(model) for model in recipe.models]}
-    if recipe.base_model:
-        update["base_model"] = pin(recipe.base_model)
+    update |= {key: pin(ref) for key in ("base_model", "heads") if (ref := getattr(recipe, key))}
     if recipe.slices:
         update["slices"] = [
             piece.model_copy(
@@ -138,7 +141,7 @@ def _card(plan: Plan, resolved: Recipe, folder: Path) -> str:
     recipe = plan.recipe
     title = Path(recipe.output).name if recipe.output else "merged model"
     parents = []
-    weights = {model.key: model.weight for model in recipe.models}
+    weights = {model.key: _without_folder(model.weight) for model in recipe.models}
     for parent in plan.parents.values():
         for ref, repo_id, commit, folder in _origins(parent):
             parents.append(
@@ -181,13 +184,15 @@ def without_paths(recipe: Recipe) -> Recipe:
             value = getattr(ref, field, None)
             if value and (Path(value).expanduser().is_dir() or value.count("/") != 1):
                 update[field] = Path(value).name
+        if getattr(ref, "weight", None) is not None:
+            update["weight"] = _without_folder(ref.weight)
         return ref.model_copy(update=update)
 
-    update: dict[str, Any] = {}
+    update: dict[str, Any] = {key: strip(ref) for key in ("base_model", "heads") if (ref := getattr(recipe, key))}
     if recipe.models:
         update["models"] = [strip(model) for model in recipe.models]
-    if recipe.base_model:
-        update["base_model"] = strip(recipe.base_model)
+    if recipe.parameters:
+        update["parameters"] = _without_folder(recipe.parameters)
     if recipe.slices:
         update["slices"] = [
             piece.model_copy(
@@ -197,3 +202,12 @@ def without_paths(recipe: Recipe) -> Recipe:
             for piece in recipe.slices
         ]
     return recipe.model_copy(update=update)
+
+
+def _without_folder(value: Any) -> Any:
+    """A recipe's value in which learned files go by their names."""
+    if isinstance(value, list):
+        return [_without_folder(item) for item in value]
+    if isinstance(value, dict):
+        return {key: Path(part).name if key == "learned" else _without_folder(part) for key, part in value.items()}
+    return value

@@ -9,6 +9,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from hf_fuse.errors import RecipeError
+from hf_fuse.merge.learned_weights import Chunked, LearnedWeight
 from hf_fuse.registry import Method, Option
 
 _LAYER = re.compile(r"^(.*?)\.(\d+)\.")
@@ -56,6 +57,8 @@ def is_at_the_end(name: str) -> bool:
 
 def resolve_value(value: Any, name: str, depth: float, dialect: str) -> Any:
     """A recipe's value at one tensor; None if no filter matches."""
+    if isinstance(value, LearnedWeight):
+        return value.of(name)
     if not isinstance(value, (list, tuple)):
         return value
     if not value:
@@ -119,7 +122,7 @@ def option_value(option: Option, name: str, scopes: list[Scope], dialect: str) -
             if value is not None:
                 if dialect == "mergekit" and option.name == "density" and isinstance(value, (int, float)):
                     value = min(value, 1.0)  # mergekit takes every density from 1 on for "all of it"
-                return option.check(value, f"{where} (tensor {name})")
+                return value if isinstance(value, Chunked) else option.check(value, f"{where} (tensor {name})")
     if option.required:
         raise RecipeError(f"parameters: {option.name} is missing. Expected {option.describe()}.")
     return option.default

@@ -18,6 +18,8 @@ from hf_fuse.checkpoint.tied import Tying, embedding_name, resolve_tying, tied_v
 from hf_fuse.checkpoint.writer import Layout, check_output, lay_out, leftovers
 from hf_fuse.errors import CheckpointError, OutputError, RecipeError
 from hf_fuse.merge.carry import config_differences
+from hf_fuse.merge.coefficients import with_learned
+from hf_fuse.merge.heads import leave_out_heads
 from hf_fuse.merge.statistics import Statistics, open_statistics
 from hf_fuse.merge.units import Unit, build_units, unexpected
 from hf_fuse.recipe import ModelRef, Recipe, load_recipe
@@ -236,8 +238,12 @@ def plan(
         parent.source.tensors = tied_view(parent.source.tensors, tying)
         if tying.head is not None and hasattr(parent.source, "names"):  # a lent embedding is realigned like its owner
             parent.source.names.update({tying.head, tying.embedding})
+    heads = leave_out_heads(parents, recipe.heads.key) if recipe.heads else set()
     tables = {key: parent.source.tensors for key, parent in parents.items()}
-    units = build_units(recipe, method, tables, tying, _statistics(parents))
+    base = parents.get(recipe.base_model.key) if recipe.base_model else None
+    models = {key: parent for key, parent in parents.items() if parent is not base}
+    stated = with_learned(recipe, method, base, models)
+    units = build_units(stated, method, tables, tying, _statistics(parents), heads)
     unexpected(units, tables, recipe, tying)
     layout = lay_out(
         ((name, unit.dtype, unit.shape) for unit in units for name in (unit.name, *unit.aliases)),

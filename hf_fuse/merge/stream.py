@@ -20,6 +20,7 @@ from torch import Tensor
 from hf_fuse import registry
 from hf_fuse.checkpoint.reader import DTYPE_BYTES, TORCH_NAMES
 from hf_fuse.errors import CheckpointError, FuseError, OutputError, RecipeError
+from hf_fuse.merge.learned_weights import expanded
 from hf_fuse.merge.methods._passes import Pass, Place, Seen
 from hf_fuse.merge.methods._random import TensorRandom
 from hf_fuse.merge.progress import Progress
@@ -313,6 +314,9 @@ class Merger:
                     options["statistics"] = self.statistics_block(unit, start, stop, buffers)
                 if "place" in self._arguments:
                     options["place"] = _place(unit, start)
+                if unit.chunked:
+                    weight = unit.options["weight"]
+                    options["weight"] = expanded(weight, unit.name, unit.numel, start, stop, block)
                 shaped, shaped_base = self._shaped(unit, block, base)
                 if "base" in self._arguments:
                     options["base"] = shaped_base

@@ -11,6 +11,7 @@ from typing import Any
 from hf_fuse.checkpoint.reader import DTYPE_CODES, TensorInfo
 from hf_fuse.checkpoint.tied import Tying
 from hf_fuse.errors import CheckpointError, RecipeError
+from hf_fuse.merge.learned_weights import Chunked
 from hf_fuse.merge.parameters import (
     Scope,
     check_names,
@@ -58,6 +59,12 @@ class Unit:
         return math.prod(self.shape)
 
     @property
+    def chunked(self) -> bool:
+        """Whether some weight differs from element to element."""
+        weight = self.options.get("weight")
+        return isinstance(weight, list) and any(isinstance(one, Chunked) for one in weight)
+
+    @property
     def matrix(self) -> tuple[int, ...]:
         """Shape of what counts as one matrix: a layer's experts may be stored as a stack of them, ``[E, M, N]``."""
         return self.shape[1:] if len(self.shape) == 3 and "experts" in self.name else self.shape
@@ -94,13 +101,19 @@ def takes_base(method: Method) -> bool | None:
 
 
 def build_units(
-    recipe: Recipe, method: Method, tables: Tables, tying: Tying, statistics: Mapping[str, Statistics] | None = None
+    recipe: Recipe,
+    method: Method,
+    tables: Tables,
+    tying: Tying,
+    statistics: Mapping[str, Statistics] | None = None,
+    heads: Iterable[str] = (),
 ) -> list[Unit]:
     """Units in the order of the reference's files.
 
     Args:
         tables: for each model key its tensors, in the output vocabulary.
         statistics: by model key.
+        heads: tensors that are taken from the model ``recipe.heads`` as they are.
 
     Raises:
         CheckpointError: tensors that some models lack or have in another shape (all are listed, up to ten).
@@ -112,8 +125,14 @@ def build_units(
     check_statistics(method, [(entry.where, entry.key) for group in groups for entry in group.entries], statistics)
     heights = stacks(name for group in groups for name in group.names)
     units, faults = [], []
+    taken = dict.fromkeys(heads)
+    if taken:
+        groups[0].names = list(dict.fromkeys([*groups[0].names, *taken]))
     for group in groups:
         for name in group.names:
+            if name in taken:
+                units.append(_taken(recipe, name, tables))
+                continue
             unit = _unit(recipe, method, group, name, tables, heights, faults)
             if unit is not None:
                 units.append(unit)
@@ -375,8 +394,28 @@ def _unit(
         weight = options.get("weight") or [1.0] * len(inputs)
         return Unit(name, dtype, info.shape, MEAN, inputs, options={"weight": weight})
     unit = Unit(name, dtype, info.shape, MERGE, inputs, base, options)
+    if unit.chunked:
+        _check_chunked(recipe, method, unit)
     unit.post = post_steps(recipe, name, unit.matrix, whole)
     return unit
+
+
+def _taken(recipe: Recipe, name: str, tables: Tables) -> Unit:
+    """A tensor of the head that the result has."""
+    info = tables[recipe.heads.key][name]
+    dtype = DTYPE_CODES[recipe.out_dtype] if recipe.out_dtype and info.is_float else info.dtype
+    action = COPY if dtype == info.dtype else MEAN
+    return Unit(name, dtype, info.shape, action, [Input(recipe.heads.key, name)], options={"weight": [1.0]})
+
+
+def _check_chunked(recipe: Recipe, method: Method, unit: Unit) -> None:
+    where = f"weight: the learned coefficients of {unit.name} differ from chunk to chunk, and"
+    if not getattr(method.module, "CHUNKED_WEIGHTS", False):
+        raise RecipeError(f"{where} {method.name} takes one weight per tensor. Use task_arithmetic.")
+    if unit.options.get("normalize"):
+        raise RecipeError(f"{where} normalize would need their sum. Remove it.")
+    if recipe.output_kind == "adapter":
+        raise RecipeError(f"{where} such a sum of adapters is no adapter. Make a model, or learn one per tensor.")
 
 
 def _widest(codes: Iterable[str]) -> str:

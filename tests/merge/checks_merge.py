@@ -36,6 +36,7 @@ EXEMPT = {
     "idempotent": {
         "task_arithmetic": "adds the task vectors up",
         "ties": "trims",
+        "ties_task_arithmetic": "trims and adds up",
         "magnitude": "trims and adds up",
         "breadcrumbs": "trims and adds up",
         "breadcrumbs_ties": "trims and adds up",

@@ -7,6 +7,7 @@ from torch import Tensor
 from hf_fuse.registry import PerModel
 
 PAPER = "https://arxiv.org/abs/2212.04089"
+CHUNKED_WEIGHTS = True
 
 
 def task_arithmetic(
@@ -23,5 +24,8 @@ def task_arithmetic(
     scale = lambda_ / (sum(weight) or 1.0) if normalize else lambda_
     merged_N = deltas_KN[0] * (weight[0] * scale)
     for k in range(1, len(weight)):
-        merged_N.add_(deltas_KN[k], alpha=weight[k] * scale)
+        if isinstance(weight[k], Tensor):  # learned ones may differ from element to element
+            merged_N.addcmul_(deltas_KN[k], weight[k] * scale)
+        else:
+            merged_N.add_(deltas_KN[k], alpha=weight[k] * scale)
     return merged_N

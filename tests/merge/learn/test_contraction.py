@@ -9,8 +9,9 @@ from transformers import AutoModelForCausalLM, MixtralConfig, MixtralForCausalLM
 
 import hf_fuse
 from hf_fuse.errors import CheckpointError
-from hf_fuse.merge.columns import chunk_numbers, columns
+from hf_fuse.merge.columns import columns
 from hf_fuse.merge.contraction import Contraction
+from hf_fuse.merge.learned_weights import chunk_numbers
 from hf_fuse.merge.live import regions
 from hf_fuse.merge.stream import Merger
 
