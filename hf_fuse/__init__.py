@@ -24,6 +24,8 @@ _PUBLIC = {
     "evaluate_models": "hf_fuse.evaluation",
     "compress": "hf_fuse.compress",
     "load_compressed": "hf_fuse.compress.loading",
+    "add_path_ensemble": "hf_fuse.compress.path_ensemble",
+    "load_path_ensemble": "hf_fuse.compress.path_ensemble",
     "push": "hf_fuse.hub",
     "train": "hf_fuse.train",
     "TrainingRecipe": "hf_fuse.training_recipe",
