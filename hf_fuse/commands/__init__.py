@@ -16,6 +16,7 @@ COMMANDS = (
     "sweep",
     "train",
     "compress",
+    "generate",
     "learn",
     "list_methods",
     "schema",
