@@ -18,6 +18,7 @@ _PUBLIC = {
     "store": "hf_fuse.merge.extract",
     "extract": "hf_fuse.merge.extract",
     "learn": "hf_fuse.merge.learning",
+    "align": "hf_fuse.merge.align.engine",
     "Recipe": "hf_fuse.recipe",
     "load_recipe": "hf_fuse.recipe",
     "inspect_models": "hf_fuse.diagnostics.task_vectors",

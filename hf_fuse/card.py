@@ -41,6 +41,7 @@ COMMANDS = {
     "merge": ("merged", "merge"),
     "train": ("trained", "training"),
     "compress": ("compressed", "compression"),
+    "align": ("aligned", "alignment"),
 }
 SEQ2SEQ = re.compile(
     r"(MT5|UMT5|LongT5|T5|MBart|Bart|BigBirdPegasus|PegasusX?|LED|Blenderbot(Small)?|M2M100|ProphetNet|NllbMoe|"

@@ -25,6 +25,7 @@ KINDS = {
     "merge": "hf_fuse.merge.methods",
     "post": "hf_fuse.merge.post",
     "learn": "hf_fuse.merge.learn",
+    "align": "hf_fuse.merge.align.methods",
     "losses": "hf_fuse.losses",
     "compress": "hf_fuse.compress.methods",
     "distill": "hf_fuse.distill.methods",

@@ -18,6 +18,7 @@ COMMANDS = (
     "compress",
     "generate",
     "learn",
+    "align",
     "list_methods",
     "schema",
     "push",

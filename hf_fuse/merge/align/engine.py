@@ -1,0 +1,184 @@
+"""From a recipe to a folder: open, match, write, check that the aligned model computes what it did."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from hf_fuse.card import merge_card, read_license
+from hf_fuse.checkpoint.reader import Checkpoint, open_checkpoint, read_json
+from hf_fuse.checkpoint.tokenizer import copy_files, tokenizer_files
+from hf_fuse.checkpoint.writer import check_output, exclusive_output
+from hf_fuse.errors import RecipeError
+from hf_fuse.evaluation_models import check_device
+from hf_fuse.merge.align.alignment import Alignment, write_aligned, write_fused
+from hf_fuse.merge.align.live import LivePair, check_same, encoded, load_model, logits, read_data
+from hf_fuse.merge.align.pair import Pair, check_pair
+from hf_fuse.merge.align.recipe import AlignRecipe, load_align_recipe
+from hf_fuse.merge.align.report import CHART, RESULTS, Aligned, draw
+from hf_fuse.merge.align.spaces import spaces_of
+from hf_fuse.merge.carry import output_config, write_json
+from hf_fuse.merge.finish import RECIPE_FILE, versions
+from hf_fuse.merge.workers import World
+from hf_fuse.recipe import ModelRef, dump_recipe
+
+
+def align(
+    recipe: str | Path | dict | AlignRecipe,
+    output: str | Path | None = None,
+    *,
+    overrides: dict[str, Any] | None = None,
+    overwrite: bool = False,
+) -> Aligned:
+    """Puts the units of a model into the order of a reference's, so that a merge of the two makes sense.
+
+    The output is the same model with its units in another order: a merge reads it like any other. Methods that change
+    widths or mix units write the merged model instead. The order is kept beside it, in ``alignment.safetensors``.
+
+    Args:
+        recipe: YAML file, dictionary or AlignRecipe.
+        output: the folder to make; else the recipe's.
+        overrides: dotted keys that win over the recipe, ``{"parameters.sweeps": 4}``.
+        overwrite: replace an existing output, in one step, when the new one is complete.
+
+    Raises:
+        FuseError: with one message that says what, where and what to do. No output is left then, an old one is intact.
+    """
+    recipe = load_align_recipe(recipe, overrides)
+    wanted = output or recipe.output
+    if wanted is None:
+        raise RecipeError("output: no folder is given. Pass --output DIR, or say output in the recipe.")
+    if World().size > 1:
+        raise RecipeError("align: runs in one process. Start it without a launcher.")
+    folder = Path(wanted).expanduser().absolute()
+    check_output(folder, overwrite)
+    check_device(recipe.device)
+    pair = open_pair(recipe)
+    with exclusive_output(folder, overwrite=overwrite) as partial:
+        found = recipe.found_method.function(pair, **recipe.options)
+        pair.live = None  # there may be no room for what follows
+        difference = found.difference
+        if found.fused is None:
+            write_aligned(pair.moved, pair.spaces[0], found, partial, recipe.max_shard_bytes)
+            _write_companions(pair.moved, found, partial.folder)
+            if recipe.verify:
+                difference = _verified(recipe, pair, partial.folder)
+        else:
+            write_fused(pair.reference, found, partial, recipe.max_shard_bytes)
+            _write_companions(pair.reference, found, partial.folder)
+        partial.sync()
+        result = Aligned(folder, recipe.method, found, difference)
+        (partial.folder / RESULTS).write_text(json.dumps(result.to_dict(), indent=2) + "\n", encoding="utf-8")
+        draw(result, partial.folder / CHART)
+        _write_record(recipe, pair, result, partial.folder)
+        partial.publish()
+    return result
+
+
+def open_pair(recipe: AlignRecipe) -> Pair:
+    """Finds both models and reads headers, data and tokenizer; weights only if the method runs the models.
+
+    Raises:
+        CheckpointError: no such model, damaged, or of other widths than the method can match.
+        FuseError: an architecture that is not known, two that do not fit, or anything wrong with the data.
+    """
+    rows = read_data(recipe) if recipe.data else None
+    checkpoints = [
+        open_checkpoint(ref.path, ref.revision) for ref in (recipe.model, recipe.reference) if ref is not None
+    ]
+    moved, reference = checkpoints[0], checkpoints[-1]
+    spaces = (spaces_of(moved), spaces_of(reference))
+    module = recipe.found_method.module
+    check_pair(moved, reference, spaces, same_widths=getattr(module, "SAME_WIDTHS", True))
+    check = getattr(module, "check", None)
+    pair = Pair(moved, reference, spaces, recipe.seed)
+    if check:
+        check(pair, **recipe.options)
+    if rows is not None:
+        data = encoded(rows, recipe, reference)
+        models = tuple(_loaded(recipe, checkpoint, checkpoint.folder) for checkpoint in (moved, reference))
+        pair.live = LivePair(models, spaces, data, recipe.batch_size)
+    return pair
+
+
+def _loaded(recipe: AlignRecipe, checkpoint: Checkpoint, folder: Path) -> Any:
+    return load_model(folder, checkpoint.architecture, recipe.device, recipe.dtype, checkpoint.ref)
+
+
+def _verified(recipe: AlignRecipe, pair: Pair, folder: Path) -> float:
+    """Loads the model as it was and as it is written, one after the other, and compares their logits."""
+    before = logits(_loaded(recipe, pair.moved, pair.moved.folder), recipe.seed)
+    model = _loaded(recipe, pair.moved, folder)
+    return check_same(before, logits(model, recipe.seed), model.dtype, pair.moved.ref)
+
+
+def _write_companions(checkpoint: Checkpoint, found: Alignment, folder: Path) -> None:
+    """Config, generation config, tokenizer and image processor."""
+    config = output_config(checkpoint.config, out_dtype=None, layers=None, vocab_size=None, special_ids={}, tied=None)
+    write_json(folder / "config.json", config | dict(found.fused.config if found.fused else {}))
+    for name in ("generation_config.json", "preprocessor_config.json"):
+        if (checkpoint.folder / name).exists():
+            write_json(folder / name, read_json(checkpoint.folder / name))
+    copy_files(tokenizer_files(checkpoint.folder), checkpoint.folder, folder)
+
+
+def _write_record(recipe: AlignRecipe, pair: Pair, result: Aligned, folder: Path) -> None:
+    """The recipe as it was run, and the card."""
+
+    def pinned(ref: ModelRef | None, checkpoint: Checkpoint) -> ModelRef | None:
+        update = {"revision": checkpoint.commit} if checkpoint.commit else {}
+        return ref and ref.model_copy(update=update)
+
+    update: dict[str, Any] = {"model": pinned(recipe.model, pair.moved), "output": None}
+    update |= {"reference": pinned(recipe.reference, pair.reference)} if recipe.reference else {}
+    recipe = recipe.model_copy(update=update | {"provenance": {"versions": versions()}})
+    text = dump_recipe(recipe)
+    (folder / RECIPE_FILE).write_text(text, encoding="utf-8")
+    method = recipe.found_method
+    paper = f" ([paper](https://arxiv.org/abs/{method.paper}))" if method.paper else ""
+    used = [pair.moved, pair.reference] if recipe.reference else [pair.moved]
+    parents = [
+        {
+            "ref": one.ref,
+            "repo_id": one.repo_id,
+            "commit": one.commit,
+            "role": role,
+            "license": read_license(one.folder),
+        }
+        for one, role in zip(used, ("model", "base"))
+    ]
+    card = merge_card(
+        {
+            "title": result.output.name,
+            "method": method.name,
+            "summary": result.summary(pair),
+            "made": f"Aligned with hf_fuse, method `{method.name}`{paper}.",
+            "paper": method.paper,
+            "command": "align",
+            "architecture": pair.moved.architecture,
+            "recipe_yaml": dump_recipe(_without_paths(recipe)),
+            "parents": parents,
+            "warnings": [],
+            "figures": {"fit by layer": CHART} if (folder / CHART).exists() else {},
+            "versions": versions(),
+            "has_tokenizer": bool(tokenizer_files(folder)),
+        }
+    )
+    (folder / "README.md").write_text(card, encoding="utf-8")
+
+
+def _without_paths(recipe: AlignRecipe) -> AlignRecipe:
+    """Local folders and files by their names only: a card is published, the layout of somebody's disk is not."""
+
+    def named(path: str) -> str:
+        return Path(path).name if Path(path).expanduser().exists() else path
+
+    update: dict[str, Any] = {"model": recipe.model.model_copy(update={"path": named(recipe.model.path)})}
+    if recipe.reference:
+        update["reference"] = recipe.reference.model_copy(update={"path": named(recipe.reference.path)})
+    if recipe.data:
+        update["data"] = [one.model_copy(update={"path": named(one.path)}) for one in recipe.data]
+    if "alignment" in recipe.parameters:
+        update["parameters"] = recipe.parameters | {"alignment": named(recipe.parameters["alignment"])}
+    return recipe.model_copy(update=update)
