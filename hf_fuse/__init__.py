@@ -32,6 +32,7 @@ _PUBLIC = {
     "TrainingRecipe": "hf_fuse.training_recipe",
     "FuseTrainer": "hf_fuse.trainer",
     "FuseConfig": "hf_fuse.trainer_config",
+    "teach": "hf_fuse.distill.teach",
     "DistillTrainer": "hf_fuse.distill.trainer",
     "DistillConfig": "hf_fuse.distill.config",
     "MixLoraConfig": "hf_fuse.adapters.mixlora",

@@ -27,7 +27,7 @@ Encoded = tuple[list[int], list[int]]  # token ids and labels
 
 def encoder(kind: str, tokenizer: PreTrainedTokenizerBase, length: int, train_on: str) -> Callable[..., dict]:
     """A function for ``Dataset.map(batched=True, with_indices=True)``: ``(name, batch, indices) -> columns``
-    ``input_ids``, ``labels``, ``length`` and ``cut`` (whether max_length cut something off)."""
+    ``input_ids``, ``labels``, ``length``, ``cut`` (whether max_length cut something off) and ``source`` (its row)."""
     if not tokenizer.is_fast:
         raise FuseError("the tokenizer does not tell where its tokens begin. Use a fast one (tokenizer.json).")
 
@@ -50,14 +50,14 @@ def encoder(kind: str, tokenizer: PreTrainedTokenizerBase, length: int, train_on
         return [(ids, labels, cut)] if any(label != IGNORED for label in labels) else []
 
     def encode_batch(name: str, batch: dict[str, list], indices: list[int]) -> dict[str, list]:
-        made: dict[str, list] = {"input_ids": [], "labels": [], "length": [], "cut": []}
+        made: dict[str, list] = {"input_ids": [], "labels": [], "length": [], "cut": [], "source": []}
         for number, index in enumerate(indices):
             try:
                 found = rows_of({column: values[number] for column, values in batch.items()})
             except FuseError as error:
                 raise FuseError(f"{name}: row {index + 1}: {error}") from None
             for ids, labels, cut in found:
-                for column, value in zip(made, (ids, labels, len(ids), cut)):
+                for column, value in zip(made, (ids, labels, len(ids), cut, index)):
                     made[column].append(value)
         return made
 

@@ -15,6 +15,7 @@ COMMANDS = (
     "plan",
     "sweep",
     "train",
+    "teach",
     "compress",
     "generate",
     "learn",

@@ -5,9 +5,10 @@ N predictions, V tokens of the vocabulary, K of them kept.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 
+import torch
 from torch import Tensor
 
 from hf_fuse.errors import FuseError
@@ -56,6 +57,26 @@ class TopK:
         """Some of the N distributions."""
         return self.each(lambda values: values[chosen])
 
+    @classmethod
+    def joined(cls, parts: Sequence[TopK]) -> TopK:
+        """The distributions of several, one after the other."""
+        columns = zip(*((p.ids_NK, p.log_probs_NK, p.tail_log_prob_N, p.label_log_prob_N, p.log_z_N) for p in parts))
+        ids, log_probs, tail, label, log_z = (
+            None if any(values is None for values in column) else torch.cat(column) for column in map(tuple, columns)
+        )
+        return cls(ids, log_probs, tail, label, parts[0].temperature, log_z)
+
+    def within(self, width: int) -> TopK:
+        """The same over the first ``width`` tokens of the vocabulary; others that were kept go to the tail."""
+        beyond_NK = self.ids_NK >= width
+        tail_N = self.tail_log_prob_N.logaddexp(self.log_probs_NK.masked_fill(~beyond_NK, float("-inf")).logsumexp(-1))
+        return replace(
+            self,
+            ids_NK=self.ids_NK.masked_fill(beyond_NK, 0),
+            log_probs_NK=self.log_probs_NK.masked_fill(beyond_NK, float("-inf")),
+            tail_log_prob_N=tail_N,
+        )
+
     def each(self, function: Callable[[Tensor], Tensor]) -> TopK:
         """``function`` of every tensor."""
         tensors = (self.ids_NK, self.log_probs_NK, self.tail_log_prob_N, self.label_log_prob_N, self.log_z_N)
@@ -81,5 +102,6 @@ def outside(logits_NV: Tensor, ids_NK: Tensor, known_NK: Tensor | None = None) -
     Not ``log(1 - sum)`` of the others' probabilities: that has neither digits nor a gradient left when they sum to 1.
     """
     if known_NK is not None:
-        ids_NK = ids_NK.where(known_NK, ids_NK[:, :1])
+        # In the place of a filler, one that is known: to leave it out twice changes nothing.
+        ids_NK = ids_NK.where(known_NK, ids_NK.gather(-1, known_NK.int().argmax(-1, keepdim=True)))
     return logits_NV.scatter(-1, ids_NK, float("-inf")).logsumexp(-1)
