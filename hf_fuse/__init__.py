@@ -27,6 +27,7 @@ _PUBLIC = {
     "load_compressed": "hf_fuse.compress.loading",
     "add_path_ensemble": "hf_fuse.compress.path_ensemble",
     "load_path_ensemble": "hf_fuse.compress.path_ensemble",
+    "generate": "hf_fuse.decode.answers",
     "push": "hf_fuse.hub",
     "train": "hf_fuse.train",
     "TrainingRecipe": "hf_fuse.training_recipe",
