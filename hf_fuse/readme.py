@@ -8,7 +8,7 @@ from importlib import import_module
 from pathlib import Path
 
 from hf_fuse import registry
-from hf_fuse.merge.report import method_facts
+from hf_fuse.method_list import method_facts
 
 README = Path(__file__).parents[1] / "README.md"
 BASE = {"required": "a base", "no": "", "optional": "(a base)"}

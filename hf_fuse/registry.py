@@ -195,12 +195,13 @@ def _options(function: Callable) -> dict[str, Option]:
 
 def _option(parameter: inspect.Parameter, hint: Any) -> Option:
     bounds, choices, optional = None, (), False
-    if typing.get_origin(hint) is Annotated:
-        hint, *extras = typing.get_args(hint)
-        bounds = next((extra for extra in extras if isinstance(extra, Between)), None)
-    arguments = typing.get_args(hint)
-    if type(None) in arguments:
-        optional, (hint,) = True, [a for a in arguments if a is not type(None)]
+    # Annotated[int, Between(1)], | None within it or around it.
+    while typing.get_origin(hint) is Annotated or type(None) in typing.get_args(hint):
+        if typing.get_origin(hint) is Annotated:
+            hint, *extras = typing.get_args(hint)
+            bounds = next((extra for extra in extras if isinstance(extra, Between)), None)
+        else:
+            optional, (hint,) = True, [a for a in typing.get_args(hint) if a is not type(None)]
     per_model = hint == PerModel
     if typing.get_origin(hint) is Literal:
         choices, hint = typing.get_args(hint), str

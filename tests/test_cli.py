@@ -8,8 +8,9 @@ import sys
 
 import pytest
 
-from hf_fuse import cli, registry
+from hf_fuse import cli, method_list, registry
 from hf_fuse.errors import RecipeError
+from hf_fuse.schemas import RECIPES, method_schema
 
 COMMANDS = ("merge", "plan", "list", "schema", "push", "inspect", "eval", "demo", "sweep", "train", "learn", "compress")
 
@@ -43,6 +44,57 @@ def test_list(capsys):
     assert {entry["name"] for entry in facts if entry["kind"] == "merge"} == set(registry.names("merge"))
     assert {entry["name"] for entry in facts if entry["kind"] == "post"} == set(registry.names("post"))
     assert all(option["meaning"] for entry in facts for option in entry["parameters"].values())
+
+
+def test_list_covers_all_kinds_and_tells_them_apart(capsys):
+    run("list", "--json")
+    facts = json.loads(capsys.readouterr().out)
+    of = {kind: {entry["name"] for entry in facts if entry["kind"] == kind} for kind in registry.KINDS}
+    assert of == {kind: set(registry.names(kind)) for kind in registry.KINDS} and "llm_drop" in of["compress"]
+    run("list", "--kind", "compress")
+    shown = capsys.readouterr().out
+    assert "llm_drop" in shown and "ties" not in shown
+    run("list", "low_rank_experts")
+    shown = capsys.readouterr().out
+    assert "rank: 32" in shown and "calibration:" in shown and "arxiv.org/abs/2310.01334" in shown
+    run("list", "fisher")  # an estimator, and the merge that uses it
+    shown = capsys.readouterr().out
+    assert "estimator: fisher" in shown and "method: fisher" in shown
+    run("list", "comp_sum")
+    assert "objectives:\n  comp_sum:" in capsys.readouterr().out
+    for arguments, words in ((["tise"], "Did you mean 'ties'"), (["--kind", "merg"], "Did you mean 'merge'"),
+                             (["ties", "--kind", "compress"], "no method is called 'ties'")):  # fmt: skip
+        with pytest.raises(RecipeError, match=words):
+            run("list", *arguments)
+
+
+@pytest.mark.parametrize("kind", registry.KINDS)
+def test_every_method_has_a_schema_and_recipes_in_which_its_defaults_pass(kind):
+    for name in registry.names(kind):
+        method, schema = registry.get(kind, name), method_schema(name, kind)
+        assert set(schema["properties"]) == set(method.options) and schema["additionalProperties"] is False
+        for option in method.options.values():
+            if "default" in schema["properties"][option.name] and not option.per_model:
+                assert option.check(option.default, "here") == option.default
+        if kind in method_list.RECIPES:
+            assert name in method_list.RECIPES[kind](method_list.method_facts(method), method)
+
+
+def test_schema_of_a_method(capsys):
+    run("schema", "--method", "llm_drop")
+    found = json.loads(capsys.readouterr().out)
+    assert found["required"] == ["drop"] and found["properties"]["drop"]["minimum"] == 0
+    assert found["properties"]["target"]["enum"] == ["attention", "mlp", "joint", "block"]
+    assert "ranking" in found["properties"]["target"]["description"]
+    run("schema", "compress")
+    assert {"method", "calibration"} <= set(json.loads(capsys.readouterr().out)["properties"])
+    for command in RECIPES:
+        run("schema", command)
+        assert json.loads(capsys.readouterr().out)["type"] == "object"
+    with pytest.raises(RecipeError, match="several kinds.*merge, learn"):
+        run("schema", "--method", "fisher")
+    with pytest.raises(RecipeError, match="'comprss' has no recipe. Did you mean 'compress'"):
+        run("schema", "comprss")
 
 
 def test_schema_is_a_schema_of_recipes(capsys):

@@ -20,8 +20,8 @@ from tiny_models import Family, digests, llama_family, load_weights, save_tokeni
 import hf_fuse
 from hf_fuse import registry
 from hf_fuse.merge import stream
-from hf_fuse.merge.report import method_facts
 from hf_fuse.merge.sources import BLOCK
+from hf_fuse.method_list import method_facts
 
 VARIANTS: dict[str, dict[str, Any]] = {
     "ties_by_tensor": {"method": "ties", "parameters": {"scope": "tensor"}},

@@ -53,6 +53,7 @@ def fuse_gpt(
         group: consecutive blocks, the fused one among them, that are tuned together.
         rank: of gates and low-rank changes.
         epochs: passes over the calibration text per fused block; 0 deletes without tuning.
+        batch_size: sequences per step.
         learning_rate: of the gates, falling to zero in half a cosine.
         tuning_rate: of low-rank changes and norms. The authors' code has 9.65e-6, with which small models hardly learn.
         loss: between hidden states: their squared difference, or KL of their softmax per token (the authors' code takes
