@@ -46,7 +46,7 @@ _PUBLIC = {
     "AtlasConfig": "hf_fuse.adapters.atlas",
     "MixDaConfig": "hf_fuse.adapters.mixda",
     "PstConfig": "hf_fuse.adapters.pst",
-    "PstSchedule": "hf_fuse.adapters.pst",
+    "PstSchedule": "hf_fuse.adapters.pst_schedule",
     "select": "hf_fuse.data.selection",
     "dmt_stages": "hf_fuse.data.dmt",
     "class_balanced": "hf_fuse.data.class_balanced",

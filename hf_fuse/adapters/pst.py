@@ -12,14 +12,13 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
 from peft.tuners.tuners_utils import check_adapters_to_merge
 from peft.utils import PeftType
 from torch import Tensor, nn
-from transformers import TrainerCallback
 from transformers.pytorch_utils import Conv1D
 
 from hf_fuse.adapters._peft import register
@@ -27,6 +26,9 @@ from hf_fuse.adapters.low_rank import LowRankLayer, LowRankModel
 from hf_fuse.adapters.targeted_config import TargetedConfig
 from hf_fuse.errors import FuseError
 from hf_fuse.merge.parameters import layer_of
+
+if TYPE_CHECKING:
+    from transformers import TrainerCallback
 
 NAMES = ("pst_u", "pst_v", "pst_a", "pst_b", "pst_rows", "pst_columns")
 DENSE, LAST = 0.1, 0.3  # shares of the training: without zeros at first, with the final number of them at last
@@ -187,6 +189,8 @@ class PstModel(LowRankModel):
     @property
     def trainer_callbacks(self) -> list[TrainerCallback]:
         """What a ``FuseTrainer`` needs beside the adapter."""
+        from hf_fuse.adapters.pst_schedule import PstSchedule
+
         return [PstSchedule()]
 
 
@@ -208,30 +212,6 @@ def scheduled_sparsity(step: int, steps: int, final: float) -> float:
     """Zero for the first tenth of the training, ``final`` for the last three tenths, in between rising as a cube."""
     done = (step / max(steps, 1) - DENSE) / (1 - DENSE - LAST)
     return final * (1 - (1 - min(max(done, 0.0), 1.0)) ** 3)
-
-
-class PstSchedule(TrainerCallback):
-    """Raises the sparsity of the active PST adapter while a ``transformers.Trainer`` trains.
-
-    ::
-
-        Trainer(get_peft_model(model, PstConfig(sparsity=0.5)), ..., callbacks=[PstSchedule()]).train()
-
-    A checkpoint does not hold the sparsity of its moment: loaded for inference it has the final one.
-    """
-
-    def on_step_begin(self, args: Any, state: Any, control: Any, model: nn.Module, **_: Any) -> None:
-        self._set(model, lambda final: scheduled_sparsity(state.global_step, state.max_steps, final))
-
-    def on_train_end(self, args: Any, state: Any, control: Any, model: nn.Module, **_: Any) -> None:
-        self._set(model, lambda final: final)
-
-    @staticmethod
-    def _set(model: nn.Module, sparsity: Any) -> None:
-        for layer in model.modules():
-            if isinstance(layer, PstLayer):
-                for adapter in layer._held(layer.active_adapters):
-                    layer.sparsity[adapter] = sparsity(layer.settings[adapter].sparsity)
 
 
 register("pst", PstConfig, PstModel)
