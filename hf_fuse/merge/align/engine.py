@@ -13,11 +13,12 @@ from hf_fuse.checkpoint.writer import check_output, exclusive_output
 from hf_fuse.errors import RecipeError
 from hf_fuse.evaluation_models import check_device
 from hf_fuse.merge.align.alignment import Alignment, write_aligned, write_fused
-from hf_fuse.merge.align.live import LivePair, check_same, encoded, load_model, logits, read_data
+from hf_fuse.merge.align.live import LivePair, check_same, encoded, load_model, logits, read_data, reorder
+from hf_fuse.merge.align.maps import Maps
 from hf_fuse.merge.align.pair import Pair, check_pair
 from hf_fuse.merge.align.recipe import AlignRecipe, load_align_recipe
 from hf_fuse.merge.align.report import CHART, RESULTS, Aligned, draw
-from hf_fuse.merge.align.spaces import spaces_of
+from hf_fuse.merge.align.spaces import Spaces, spaces_of
 from hf_fuse.merge.carry import output_config, write_json
 from hf_fuse.merge.finish import RECIPE_FILE, versions
 from hf_fuse.merge.workers import World
@@ -95,6 +96,8 @@ def open_pair(recipe: AlignRecipe) -> Pair:
     pair = Pair(moved, reference, spaces, recipe.seed)
     if check:
         check(pair, **recipe.options)
+    if recipe.verify:
+        pair.verify = lambda maps: _reordered(recipe, moved, spaces[0], maps)
     if rows is not None:
         data = encoded(rows, recipe, reference)
         models = tuple(_loaded(recipe, checkpoint, checkpoint.folder) for checkpoint in (moved, reference))
@@ -104,6 +107,14 @@ def open_pair(recipe: AlignRecipe) -> Pair:
 
 def _loaded(recipe: AlignRecipe, checkpoint: Checkpoint, folder: Path) -> Any:
     return load_model(folder, checkpoint.architecture, recipe.device, recipe.dtype, checkpoint.ref)
+
+
+def _reordered(recipe: AlignRecipe, checkpoint: Checkpoint, spaces: Spaces, maps: Maps) -> float:
+    """Loads a model and compares its logits before and after its units are put into another order in memory."""
+    model = _loaded(recipe, checkpoint, checkpoint.folder)
+    before = logits(model, recipe.seed)
+    reorder(model, spaces, maps)
+    return check_same(before, logits(model, recipe.seed), model.dtype, checkpoint.ref)
 
 
 def _verified(recipe: AlignRecipe, pair: Pair, folder: Path) -> float:

@@ -16,6 +16,7 @@ from tqdm import tqdm
 
 from hf_fuse.checkpoint.reader import Checkpoint
 from hf_fuse.errors import CheckpointError, FuseError
+from hf_fuse.merge.align.maps import Maps, carried
 from hf_fuse.merge.align.recipe import AlignRecipe
 from hf_fuse.merge.align.spaces import RESIDUAL, Group, Part, Spaces
 from hf_fuse.perplexity import context_length
@@ -96,6 +97,15 @@ def check_same(expected: Tensor, found: Tensor, dtype: torch.dtype, ref: str) ->
             "largest), so nothing is saved. This model may bind its units in a way that is not known here."
         )
     return difference
+
+
+def reorder(model: Any, spaces: Spaces, maps: Maps) -> None:
+    """Puts the units of a live model into another order, in place."""
+    done: set[int] = set()
+    for stored, parameter in parameters_by_stored_name(model).items():
+        if stored in spaces.axes and id(parameter) not in done:
+            parameter.data = carried(parameter.data.cpu(), spaces.axes[stored], maps).to(parameter.device)
+            done.add(id(parameter))
 
 
 @dataclass
@@ -243,17 +253,23 @@ def tokens(values: Tensor, mask_BT: Tensor | None) -> Tensor:
     return values.flatten(0, -2)
 
 
-def modules_by_stored_name(model: Any) -> dict[str, nn.Module]:
-    """Name under which a weight is stored -> the module that has it."""
+def parameters_by_stored_name(model: Any) -> dict[str, nn.Parameter]:
+    """Name under which a parameter is stored -> the parameter; a shared one under all of its names."""
     from transformers.core_model_loading import revert_weight_conversion
 
     found = {}
-    for name, module in model.named_modules():
-        weight = getattr(module, "weight", None)
-        if isinstance(weight, nn.Parameter):
-            stored = revert_weight_conversion(model, {f"{name}.weight": weight.detach()})
-            found |= dict.fromkeys(stored, module)
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        found |= dict.fromkeys(revert_weight_conversion(model, {name: parameter.detach()}), parameter)
     return found
+
+
+def modules_by_stored_name(model: Any) -> dict[str, nn.Module]:
+    """Name under which a weight is stored -> the module that has it; one that others share belongs to the first."""
+    owners: dict[int, nn.Module] = {}
+    for module in model.modules():
+        for parameter in module.parameters(recurse=False):
+            owners.setdefault(id(parameter), module)
+    return {name: owners[id(parameter)] for name, parameter in parameters_by_stored_name(model).items()}
 
 
 def read_data(recipe: AlignRecipe) -> Rows:

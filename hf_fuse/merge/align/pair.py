@@ -6,7 +6,7 @@ Shapes: m, n units of the model that moves and of the reference.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -32,6 +32,7 @@ class Pair:
         spaces: of the first and of the second.
         live: both models, running, with data; None if the recipe has none.
         seed: for methods that draw.
+        verify: loads the model that moves, puts its units into a given order and compares its logits before and after.
     """
 
     moved: Checkpoint
@@ -39,6 +40,7 @@ class Pair:
     spaces: tuple[Spaces, Spaces]
     seed: int
     live: LivePair | None = None
+    verify: Callable[[Maps], float] | None = None
     pool: FilePool = field(default_factory=FilePool)
 
     @property
@@ -48,6 +50,14 @@ class Pair:
     @property
     def same_widths(self) -> bool:
         return self.spaces[0].sizes == self.spaces[1].sizes and self.spaces[0].heads == self.spaces[1].heads
+
+    def same_function(self, maps: Maps) -> float | None:
+        """Largest difference of logits, relative to the largest, that the permutations make; None: not wanted.
+
+        Raises:
+            FuseError: the model does not compute the same in the new order.
+        """
+        return self.verify(maps) if self.verify else None
 
     def _both(self, name: str) -> tuple[TensorInfo, TensorInfo] | None:
         """A tensor that both models have with the same axes, where axes without units (tokens, classes) are equal."""
@@ -130,6 +140,25 @@ def check_pair(moved: Checkpoint, reference: Checkpoint, spaces: tuple[Spaces, S
             )
     if wrong := next((block for block, heads in a.heads.items() if heads != b.heads[block]), None):
         raise CheckpointError(f"{moved.ref} and {reference.ref} divide {wrong}attention into other heads.")
+
+
+def same_ends(pair: Pair) -> None:
+    """Whether the models have the same tensors, with equal axes where the order has a meaning, as an average needs.
+
+    Raises:
+        CheckpointError: naming the first tensor that differs.
+    """
+    one, other = pair.moved.tensors, pair.reference.tensors
+    if lost := sorted(set(one) ^ set(other)):
+        has, lacks = (pair.moved, pair.reference) if lost[0] in one else (pair.reference, pair.moved)
+        raise CheckpointError(f"{has.ref} has a tensor {lost[0]}, which {lacks.ref} lacks, so they can't be fused.")
+    for name, info in other.items():
+        axes = pair.spaces[1].axes[name]
+        if any(a != b for a, b, parts in zip(one[name].shape, info.shape, axes) if not parts):
+            shapes = f"{list(one[name].shape)} in {pair.moved.ref} and {list(info.shape)} in {pair.reference.ref}"
+            raise CheckpointError(
+                f"{name} is {shapes}: vocabularies, positions and classes must be the same for a fusion."
+            )
 
 
 def is_residual(group: Group) -> bool:
