@@ -57,14 +57,23 @@ class TopK:
         """Some of the N distributions."""
         return self.each(lambda values: values[chosen])
 
+    @property
+    def tensors(self) -> tuple[Tensor | None, ...]:
+        """Its five tensors in their order; the last two may be None."""
+        return self.ids_NK, self.log_probs_NK, self.tail_log_prob_N, self.label_log_prob_N, self.log_z_N
+
+    @classmethod
+    def from_tensors(cls, tensors: Sequence[Tensor | None], temperature: float) -> TopK:
+        """What :attr:`tensors` were of."""
+        ids_NK, log_probs_NK, tail_N, label_N, log_z_N = tensors
+        return cls(ids_NK, log_probs_NK, tail_N, label_N, temperature, log_z_N)
+
     @classmethod
     def joined(cls, parts: Sequence[TopK]) -> TopK:
         """The distributions of several, one after the other."""
-        columns = zip(*((p.ids_NK, p.log_probs_NK, p.tail_log_prob_N, p.label_log_prob_N, p.log_z_N) for p in parts))
-        ids, log_probs, tail, label, log_z = (
-            None if any(values is None for values in column) else torch.cat(column) for column in map(tuple, columns)
-        )
-        return cls(ids, log_probs, tail, label, parts[0].temperature, log_z)
+        columns = zip(*(part.tensors for part in parts))
+        tensors = [None if any(values is None for values in column) else torch.cat(column) for column in columns]
+        return cls.from_tensors(tensors, parts[0].temperature)
 
     def within(self, width: int) -> TopK:
         """The same over the first ``width`` tokens of the vocabulary; others that were kept go to the tail."""
@@ -79,9 +88,8 @@ class TopK:
 
     def each(self, function: Callable[[Tensor], Tensor]) -> TopK:
         """``function`` of every tensor."""
-        tensors = (self.ids_NK, self.log_probs_NK, self.tail_log_prob_N, self.label_log_prob_N, self.log_z_N)
-        ids, log_probs, tail, label, log_z = (None if values is None else function(values) for values in tensors)
-        return TopK(ids, log_probs, tail, label, self.temperature, log_z)
+        changed = [None if values is None else function(values) for values in self.tensors]
+        return TopK.from_tensors(changed, self.temperature)
 
     def check(self, temperature: float) -> None:
         """Refuses another temperature than the one the probabilities were made at.
