@@ -83,6 +83,18 @@ def selection_table() -> str:
     return "\n".join(["| method | what it does | needs | options |", "|---|---|---|---|", *rows])
 
 
+def decoding_table() -> str:
+    """All methods of fusion while decoding: their models by the keys of a recipe, and their parameters."""
+    from hf_fuse.decode.recipe import model_keys
+
+    lines = ["| method | what it does | models | parameters |", "|---|---|---|---|"]
+    for name in registry.names("decode"):
+        method = registry.get("decode", name)
+        models = ", ".join(f"(`{key}`)" if optional else f"`{key}`" for key, optional in model_keys(method).items())
+        lines.append(f"| {_linked(name, method.paper)} | {method.summary} | {models} | {_listed(method.options)} |")
+    return "\n".join(lines)
+
+
 def _linked(name: str, paper: str | None) -> str:
     return f"[`{name}`]({paper})" if paper else f"`{name}`"
 
@@ -97,6 +109,7 @@ TABLES = {
     "adapters": adapter_table,
     "losses": loss_table,
     "distillation": distillation_table,
+    "decoding": decoding_table,
 }
 
 

@@ -13,6 +13,7 @@ import torch
 from hf_fuse import cli, load_recipe
 from hf_fuse.compress.recipe import load_compress_recipe
 from hf_fuse.data.select_recipe import load_select_recipe
+from hf_fuse.decode.recipe import load_decode_recipe
 from hf_fuse.readme import README, with_tables
 from hf_fuse.training_recipe import load_training_recipe
 
@@ -41,6 +42,7 @@ def folder(tmp_path_factory):
         model.save_pretrained(root / "hf-fuse-demo" / name)
         tokenizer.save_pretrained(root / "hf-fuse-demo" / name)
     (root / "README.md").write_text(TEXT[:2000])
+    (root / "prompts.txt").write_text("Return the\nOnce upon a time\n")
     for name, paragraphs in {"pool": TEXT.split("\n\n"), "articles": TEXT.split("\n\n")[:5]}.items():
         (root / f"{name}.jsonl").write_text("\n".join(json.dumps({"text": text}) for text in paragraphs))
     for block in blocks("yaml"):
@@ -82,6 +84,9 @@ def test_recipes_run_or_are_at_least_valid(folder, monkeypatch, tmp_path):
             continue
         if "\ncalibration:" in block:
             load_compress_recipe(tmp_path / f"{number}.yaml")
+            continue
+        if "\ngeneration:" in block:
+            load_decode_recipe(tmp_path / f"{number}.yaml")
             continue
         recipe = load_recipe(tmp_path / f"{number}.yaml")
         if "org/" not in block:

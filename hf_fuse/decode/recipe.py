@@ -44,9 +44,7 @@ class DecodeRecipe(BaseModel):
 
     @property
     def roles(self) -> dict[str, bool]:
-        """Keys of the method's models -> whether it can do without."""
-        parameters = inspect.signature(self.found_method.function).parameters.values()
-        return {p.name: p.default is not p.empty for p in parameters if p.kind is p.POSITIONAL_OR_KEYWORD}
+        return model_keys(self.found_method)
 
     def references(self, role: str) -> list[ModelRef]:
         said = getattr(self, role)
@@ -74,6 +72,12 @@ class DecodeRecipe(BaseModel):
             else:
                 found[option.keyword] = option.check(said, "parameters")
         return found
+
+
+def model_keys(method: registry.Method) -> dict[str, bool]:
+    """Keys under which a recipe names the method's models -> whether it can do without."""
+    parameters = inspect.signature(method.function).parameters.values()
+    return {p.name: p.default is not p.empty for p in parameters if p.kind is p.POSITIONAL_OR_KEYWORD}
 
 
 def load_decode_recipe(
