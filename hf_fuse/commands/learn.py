@@ -15,12 +15,14 @@ def learn(
     output: Output = None,
     overwrite: Overwrite = False,
 ) -> None:
-    """Estimate from data what a merge method needs to know of a model: its Fisher information, or Gram matrices.
+    """Estimate from data what a merge needs to know: of one model statistics, of several the coefficients of a merge.
 
     Any recipe key can be set: --examples 1024
     """
+    from hf_fuse.merge.coefficients import FILE
     from hf_fuse.merge.learn_recipe import LearnRecipe
     from hf_fuse.merge.learning import learn as run
 
     given = overrides(context.args, LearnRecipe.model_fields)
-    print(f"statistics: {run(recipe, output, overrides=given, overwrite=overwrite)}")
+    made = run(recipe, output, overrides=given, overwrite=overwrite)
+    print(f"{'coefficients' if (made / FILE).exists() else 'statistics'}: {made}")

@@ -1,15 +1,14 @@
-"""From a recipe for learning to a folder: one file of statistics that a merge streams beside the model."""
+"""From a recipe for learning to a folder: what a merge needs to know, as files that it reads."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 from tqdm import tqdm
 
@@ -18,10 +17,11 @@ from hf_fuse.checkpoint.writer import check_output, exclusive_output, lay_out
 from hf_fuse.errors import CheckpointError, FuseError, RecipeError
 from hf_fuse.evaluation_models import Candidate, candidates, check_device, loaded
 from hf_fuse.merge.finish import RECIPE_FILE, versions
+from hf_fuse.merge.learn_data import encoded_examples, read_examples
 from hf_fuse.merge.learn_recipe import LearnRecipe, load_learn_recipe
 from hf_fuse.merge.workers import World
 from hf_fuse.recipe import dump_recipe
-from hf_fuse.training_data import Rows, TrainingData, encode, encode_images, read_rows
+from hf_fuse.training_data import TrainingData
 
 
 @dataclass
@@ -101,9 +101,11 @@ def learn(
     overrides: dict[str, Any] | None = None,
     overwrite: bool = False,
 ) -> Path:
-    """Estimates from data what a merge method needs to know of a model, into a new folder.
+    """Estimates from data what a merge method needs to know of a model, or of several, into a new folder.
 
-    The folder is what ``statistics`` beside a model in a recipe for merging names.
+    Of one model that is statistics, and the folder is what ``statistics`` beside a model in a recipe for merging names.
+    Of several it is the coefficients of a merge: the folder is a value of ``weight``, ``{learned: FOLDER}``, and holds
+    that recipe (``merge.yaml``) and a chart.
 
     Args:
         recipe: YAML file, dictionary or LearnRecipe.
@@ -122,6 +124,16 @@ def learn(
         raise RecipeError("learn: runs in one process. Start it without a launcher.")
     folder = Path(wanted).expanduser().absolute()
     check_output(folder, overwrite)
+    if recipe.method.argument == "family":
+        from hf_fuse.merge.family import open_family
+        from hf_fuse.merge.learned_output import write_coefficients
+
+        family = open_family(recipe)
+        with exclusive_output(folder, overwrite=overwrite) as partial:
+            partial.folder.mkdir()
+            write_coefficients(family, recipe.method.function(family, **recipe.options), partial.folder, folder)
+            partial.publish()
+        return folder
     subject = open_subject(recipe)
     with exclusive_output(folder, overwrite=overwrite) as partial:
         found = recipe.method.function(subject, **recipe.options)
@@ -157,32 +169,11 @@ def open_subject(recipe: LearnRecipe) -> Subject:
         FuseError: everything that can be wrong with the data, or an unknown device.
     """
     check_device(recipe.device)
-    entry = recipe.data_entry
-    rows = read_rows(entry)
+    entry = recipe.data_entry(recipe.data)
     checkpoint = open_checkpoint(recipe.model.path, recipe.model.revision)
-    labelled = not (rows.format == "text" and (checkpoint.architecture or "").endswith("ForSequenceClassification"))
-    if not labelled:  # most estimators need no labels, but the encoder of classifiers wants some
-        parts = [replace(part, rows=part.rows.add_column("label", [0] * len(part.rows))) for part in rows.train]
-        rows = Rows("classification", parts, [])
-    kind = "causal" if rows.format != "classification" else "image" if rows.has_images else "text"
+    rows, kind, labelled = read_examples(entry, checkpoint)
     candidate = candidates([str(checkpoint.folder)], kind)[0]
-    data = _encoded(rows, recipe, candidate)
-    random = torch.Generator().manual_seed(recipe.seed)
-    chosen = torch.randperm(len(data.train), generator=random)[: recipe.examples].tolist()
-    data = TrainingData(data.format, data.train.select(chosen), None, data.collator, data.max_length)
-    return Subject(checkpoint, candidate, kind, data, recipe, labelled)
-
-
-def _encoded(rows: Rows, recipe: LearnRecipe, candidate: Candidate) -> TrainingData:
-    if rows.has_images:
-        dtype = candidate.config.dtype if recipe.dtype == "auto" else getattr(torch, recipe.dtype)
-        return encode_images(rows, candidate.processor, candidate.config, dtype or torch.float32)
-    data = encode(rows, recipe.data_entry, candidate.processor, candidate.config)
-    text = candidate.config.get_text_config()
-    if rows.format == "classification" and text.pad_token_id is None:
-        # Decoders classify at the last token that is no padding, so they must know which that is.
-        text.pad_token_id = data.collator.keywords["pad_id"]
-    return data
+    return Subject(checkpoint, candidate, kind, encoded_examples(rows, recipe, entry, candidate), recipe, labelled)
 
 
 def _record(subject: Subject, found: Learned) -> str:

@@ -1,0 +1,79 @@
+"""The output folder of learned coefficients: the file, the recipe that uses it, the recipe that made it, a chart."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+from torch import Tensor
+
+from hf_fuse.checkpoint.adapter import base_fingerprint
+from hf_fuse.errors import FuseError
+from hf_fuse.evaluation_data import unique_names
+from hf_fuse.merge.coefficient_chart import coefficient_chart
+from hf_fuse.merge.coefficients import FILE, Coefficients, fingerprint
+from hf_fuse.merge.columns import Columns
+from hf_fuse.merge.family import Family
+from hf_fuse.merge.finish import RECIPE_FILE, versions
+from hf_fuse.recipe import dump_recipe
+
+MERGE_FILE, CHART_FILE, HISTORY_FILE = "merge.yaml", "coefficients.png", "history.json"
+
+
+@dataclass(frozen=True)
+class LearnedCoefficients:
+    """What an estimator of coefficients has found.
+
+    Attributes:
+        values_KG: a number per model and column.
+        layout: columns of each tensor; a tensor that it leaves out stays the base's.
+        cut: where the chunks of a tensor are, see :func:`~hf_fuse.merge.learned_weights.chunk_numbers`.
+        facts: for the summary: name -> number or text.
+        history: a row of figures per epoch or check.
+    """
+
+    values_KG: Tensor
+    layout: Mapping[str, Columns]
+    cut: str = "slices"
+    facts: Mapping[str, Any] = field(default_factory=dict)
+    history: list[dict[str, Any]] = field(default_factory=list)
+
+
+def write_coefficients(family: Family, found: LearnedCoefficients, folder: Path, output: Path) -> None:
+    """Writes everything into ``folder``, which will be ``output``; the chart only if matplotlib is there.
+
+    Raises:
+        FuseError: a coefficient is not finite.
+    """
+    recipe, plan = family.recipe, family.plan
+    if not found.values_KG.isfinite().all():
+        raise FuseError(f"{recipe.estimator}: the coefficients are not finite. Try a smaller learning_rate.")
+    base = plan.parents[recipe.base_model.key]
+    rows = found.values_KG.detach().cpu().tolist()
+    values = [{unit.name: _row(row, found.layout.get(unit.name)) for unit in family.units} for row in rows]
+    made = Coefficients(
+        recipe.estimator, plan.method.name, dict(plan.recipe.parameters),
+        (base.ref.key, base_fingerprint(base.checkpoint)),
+        [(parent.ref.key, fingerprint(parent)) for parent in family.models], values, family.heads, found.cut,
+        recipe.seed, dict(found.facts),
+    )  # fmt: skip
+    (folder / FILE).write_text(made.to_json(), encoding="utf-8")
+    (folder / HISTORY_FILE).write_text(json.dumps(found.history, indent=1) + "\n", encoding="utf-8")
+    provenance = {"versions": versions(), "learned": dict(found.facts)}
+    record = recipe.model_copy(update={"output": None, "provenance": provenance})
+    (folder / RECIPE_FILE).write_text(dump_recipe(record), encoding="utf-8")
+    merging = plan.recipe.model_dump(exclude_unset=True, exclude_none=True, exclude={"seed"})
+    merging["parameters"] = {"weight": {"learned": str(output)}} | merging["parameters"]
+    (folder / MERGE_FILE).write_text(yaml.safe_dump(merging, sort_keys=False, allow_unicode=True), encoding="utf-8")
+    names = dict(zip(unique_names([Path(parent.ref.key) for parent in family.models]), values))
+    with contextlib.suppress(FuseError):  # without matplotlib the numbers are all there is
+        coefficient_chart(names, folder / CHART_FILE, title=f"{recipe.estimator}: learned coefficients")
+
+
+def _row(values: list[float], own: Columns | None) -> list[float]:
+    return [0.0] if own is None else values[own.first : own.first + own.count]

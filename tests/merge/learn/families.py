@@ -1,0 +1,45 @@
+"""Small families with data, for tests of learned coefficients."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from tiny_models import VOCABULARY, WIDTH, save_tokenizer
+
+from .learn_cases import written_texts
+
+
+def saved_classifiers(root: Path, classes: tuple[int, ...] = (4, 3, 5)) -> list[Path]:
+    """A BERT classifier and others whose trunk is a little away from its, each with a head of its own."""
+    from transformers import BertConfig, BertForSequenceClassification
+
+    folders, first = [], None
+    for number, labels in enumerate(classes):
+        torch.manual_seed(number)
+        config = BertConfig(
+            vocab_size=VOCABULARY, hidden_size=WIDTH, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2,
+            max_position_embeddings=32, pad_token_id=3, num_labels=labels, initializer_range=0.3,
+        )  # fmt: skip
+        model = BertForSequenceClassification(config)
+        if first is not None:
+            trunk = {name: value + 0.1 * torch.randn(value.shape) for name, value in first.items()}
+            model.bert.load_state_dict(trunk)
+        else:
+            first = {name: value.clone() for name, value in model.bert.state_dict().items()}
+        folders.append(root / f"model-{number}")
+        model.save_pretrained(folders[-1])
+        save_tokenizer(folders[-1])
+    return folders
+
+
+def recipe_of(estimator: str, base: Path, models: list[Path], data: Any, **more: Any) -> dict[str, Any]:
+    """``data`` is one file for every model, a list of files, or None."""
+    sources = data if isinstance(data, list) else [data] * len(models)
+    entries = [{"path": str(m)} | ({"data": str(d)} if d else {}) for m, d in zip(models, sources)]
+    return {"estimator": estimator, "base_model": str(base), "models": entries} | more
+
+
+def unlabelled(root: Path) -> Path:
+    return written_texts(root / "texts.jsonl")
