@@ -142,12 +142,6 @@ class Moments:
         scale_mn = spread_m[:, None] * spread_n
         return torch.where(scale_mn > 1e-12, covariance_mn / scale_mn.clamp_min(1e-12), 0).clamp(-1, 1).float()
 
-    @property
-    def distance_mn(self) -> Tensor:
-        """Mean squared difference of the units' activations."""
-        squares_mn = self.square_m[:, None] + self.square_n - 2 * self.product_mn
-        return (squares_mn.clamp_min(0) / max(self.count, 1)).float()
-
 
 @dataclass(frozen=True)
 class _Watch:
@@ -185,16 +179,31 @@ class LivePair:
         """Joint moments of all spaces of every group, in as many passes over the data as memory asks for."""
         for some in _passes(groups, self.spaces):
             names = [space for group in some for space in group.spaces]
-            watches = [{name: _watches(spaces, name) for name in names} for spaces in self.spaces]
             found = {name: Moments.empty(*(spaces.sizes[name] for spaces in self.spaces)) for name in names}
-            for batch in self.batches("activations"):
-                mask_BT = batch.get("attention_mask")
-                seen = [self._seen(side, watches[side], batch) for side in (0, 1)]
-                for name in names:
-                    for one, other in zip(seen[0][name], seen[1][name]):
-                        found[name].add(tokens(one, mask_BT), tokens(other, mask_BT))
+            for name, one_Nm, other_Nn in self._activations(names):
+                found[name].add(one_Nm, other_Nn)
             for group in some:
                 yield group, {space: found[space] for space in group.spaces}
+
+    @torch.no_grad()
+    def differences(self, names: Sequence[str]) -> dict[str, Tensor]:
+        """For spaces of equal size the mean squared difference of every unit's activations in the two models."""
+        total = {name: torch.zeros(self.spaces[1].sizes[name], dtype=torch.float64) for name in names}
+        count = dict.fromkeys(names, 0)
+        for name, one_Nn, other_Nn in self._activations(names):
+            total[name] += (one_Nn - other_Nn).square().sum(0, dtype=torch.float64).cpu()
+            count[name] += len(one_Nn)
+        return {name: total[name] / count[name] for name in names}
+
+    def _activations(self, names: Sequence[str]) -> Iterator[tuple[str, Tensor, Tensor]]:
+        """(space, activations in the one model, those in the other), batch after batch."""
+        watches = [{name: _watches(spaces, name) for name in names} for spaces in self.spaces]
+        for batch in self.batches("activations"):
+            mask_BT = batch.get("attention_mask")
+            seen = [self._seen(side, watches[side], batch) for side in (0, 1)]
+            for name in names:
+                for one, other in zip(seen[0][name], seen[1][name]):
+                    yield name, tokens(one, mask_BT), tokens(other, mask_BT)
 
     def _seen(self, side: int, watches: dict[str, list[_Watch]], batch: dict[str, Tensor]) -> dict[str, list[Tensor]]:
         caught: dict[tuple[str, int], Tensor] = {}

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers as t
-from tiny_models import HEADS, VOCABULARY, WIDTH, load_weights, save_tokenizer, save_weights, seeded
+from tiny_models import HEADS, VOCABULARY, WIDTH, WORDS, load_weights, save_tokenizer, save_weights, seeded
 
 from hf_fuse.checkpoint.reader import open_checkpoint
 from hf_fuse.merge.align.spaces import Heads, spaces_of
@@ -58,6 +59,32 @@ def saved(kind: str, folder: Path, seed: int = 0) -> Path:
     if kind not in ("vit", "dinov2"):
         save_tokenizer(folder)
     return folder
+
+
+def written_texts(file: Path) -> Path:
+    """Sentences of the tokenizer's words, of several lengths."""
+    random = seeded(5)
+    rows = [
+        {"text": " ".join(WORDS[k] for k in torch.randint(len(WORDS), (3 + row % 9,), generator=random))}
+        for row in range(48)
+    ]
+    file.write_text("\n".join(map(json.dumps, rows)))
+    return file
+
+
+def written_digits(file: Path, rows: int = 48, classes: int = 5) -> Path:
+    """scikit-learn's digits below ``classes``, as images."""
+    import datasets
+    import numpy as np
+    from PIL import Image
+    from sklearn.datasets import load_digits
+
+    pixels, labels = load_digits(return_X_y=True)
+    chosen = np.flatnonzero(labels < classes)[:rows]
+    images = [Image.fromarray((pixels[k].reshape(8, 8) * 15).astype("uint8")) for k in chosen]
+    features = datasets.Features({"image": datasets.Image(), "label": datasets.Value("int64")})
+    datasets.Dataset.from_dict({"image": images, "label": labels[chosen].tolist()}, features=features).to_parquet(file)
+    return file
 
 
 def shuffled(source: Path, folder: Path, seed: int = 0) -> tuple[Path, dict[str, torch.Tensor]]:
