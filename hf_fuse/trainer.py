@@ -40,6 +40,7 @@ from hf_fuse.loss_inputs import (
 from hf_fuse.model_features import classifier_inputs, of_labelled, sample_features
 from hf_fuse.objective_heads import average_gradients, prepare, trained_parameters
 from hf_fuse.objectives import load_states, save_states
+from hf_fuse.renamed_weights import restore_renamed
 from hf_fuse.router_report import ExpertUsageChart, RouterUsage
 from hf_fuse.sample_ids import SAMPLE_IDS, keeping_sample_ids, numbered
 from hf_fuse.trainer_config import FuseConfig
@@ -386,6 +387,14 @@ class FuseTrainer(Trainer):
             )
         for objective in self.objectives:
             check_needs(objective, self._base, self.train_dataset, self.extra_tensors)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        super()._load_from_checkpoint(resume_from_checkpoint, model)
+        restore_renamed(self.model if model is None else model, resume_from_checkpoint)
+
+    def _load_best_model(self) -> None:
+        super()._load_best_model()
+        restore_renamed(self.model, self.state.best_model_checkpoint)
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         super()._save_optimizer_and_scheduler(output_dir)

@@ -1,4 +1,4 @@
-"""TGeo-KD's controller: from features of a prediction, how much the teacher counts; and the features.
+"""What TGeo-KD makes its ratio of: features of a prediction, a controller, and the derivative that it learns from.
 
 N predictions, V tokens or classes (C of a classifier), F features.
 """
@@ -6,6 +6,7 @@ N predictions, V tokens or classes (C of a classifier), F features.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
@@ -71,21 +72,56 @@ def vector_features(student_NC: Tensor, teacher_NC: Tensor, labels_N: Tensor, cl
     return torch.cat([s, t, g, m, *((a - b).square() for a, b in ((m, s), (g, s), (t, s), (t, g), (m, g)))], -1)
 
 
+@torch.no_grad()
+def slopes(
+    trained: list[nn.Parameter],
+    before: list[Tensor],
+    direction: list[Tensor],
+    values: Callable[[], Tensor],
+    *,
+    distance: float = 0.01,
+) -> Tensor:
+    """``<direction, gradient of each value at before>`` by central differences, ``(N,)``; what trains stays as it is.
+
+    Args:
+        trained: the parameters that the values depend on.
+        before: where to differentiate.
+        direction: one tensor per parameter.
+        values: computes them, with the parameters as they are.
+        distance: how far to go in all. 0.01 as in DARTS.
+    """
+    length = torch.stack([part.square().sum() for part in direction]).sum().sqrt()
+    if not length > 0:
+        return torch.zeros_like(values())
+    after, ends = copies(trained), []
+    for sign in (1, -1):
+        for parameter, was, part in zip(trained, before, direction, strict=True):
+            parameter.copy_(was + sign * distance / length * part)
+        ends.append(values())
+    for parameter, now in zip(trained, after):
+        parameter.copy_(now)
+    return (ends[0] - ends[1]) * length / (2 * distance)
+
+
+def copies(parameters: list[nn.Parameter]) -> list[Tensor]:
+    return [parameter.detach().clone() for parameter in parameters]
+
+
 class Controller(nn.Module):
-    """A small network F -> 32 -> 16 -> 1 whose output lies in (0.05, 0.95), and Adam for it.
+    """A small network F -> 32 -> 16 -> 1 whose output lies in (0.05, 0.95), and AdamW for it.
 
     Its weights and Adam's moments are buffers: they are saved with the rest of a loss's state, and the student's
     optimizer does not get them. The last layer starts at 0, so that every ratio starts at 0.5.
 
     Args:
         features: F.
-        learning_rate: of Adam.
+        learning_rate: of AdamW.
         weight_decay: likewise.
     """
 
     weights: Tensor
 
-    def __init__(self, features: int, *, learning_rate: float = 0.1, weight_decay: float = 0.05) -> None:
+    def __init__(self, features: int, *, learning_rate: float = 0.01, weight_decay: float = 0.05) -> None:
         super().__init__()
         self.learning_rate, self.weight_decay = learning_rate, weight_decay
         layers = [nn.Linear(inner, outer) for inner, outer in zip((features, *WIDTHS), (*WIDTHS, 1))]
@@ -118,9 +154,9 @@ class Controller(nn.Module):
         return torch.autograd.grad(ratios_N, weights, by_ratio_N.to(ratios_N.dtype))[0]
 
     def step(self, gradient: Tensor) -> None:
-        """One step of Adam."""
+        """One step of AdamW: decay that is added to the gradient, as in the reference, would outweigh one so small."""
         adam(
             [self.weights], [gradient], [self.first_moment], [self.second_moment], [], [self.steps], foreach=False,
-            amsgrad=False, beta1=0.9, beta2=0.999, lr=self.learning_rate, weight_decay=self.weight_decay, eps=1e-8,
-            maximize=False,
+            amsgrad=False, beta1=0.9, beta2=0.999, lr=self.learning_rate, weight_decay=self.weight_decay, eps=1e-15,
+            maximize=False, decoupled_weight_decay=True,
         )  # fmt: skip

@@ -12,7 +12,16 @@ from torch.utils.data import Subset
 from transformers import TrainerCallback
 
 from hf_fuse.distill.earlier_self import check_whole, evaluating
-from hf_fuse.distill.fusion_ratio import SCALARS, Controller, gaps, scalar_features, vector_features, wide
+from hf_fuse.distill.fusion_ratio import (
+    SCALARS,
+    Controller,
+    copies,
+    gaps,
+    scalar_features,
+    slopes,
+    vector_features,
+    wide,
+)
 from hf_fuse.errors import FuseError
 from hf_fuse.registry import Between
 
@@ -39,7 +48,7 @@ class tgeo(nn.Module):
         temperature: T.
         update_every: optimizer steps between two of the controller.
         held_out: share of the training set that is kept from training, for validation.
-        learning_rate: of the controller's Adam.
+        learning_rate: of the controller's AdamW. The reference's 0.1 was never put to the test.
         weight_decay: likewise.
         mean_momentum: of the teacher's mean for each class, which moves once per optimizer step.
     """
@@ -50,7 +59,7 @@ class tgeo(nn.Module):
         temperature: Annotated[float, Between(0, open_low=True)] = 1.5,
         update_every: Annotated[int, Between(1)] = 10,
         held_out: Annotated[float, Between(0, 0.9, open_low=True)] = 0.1,
-        learning_rate: Annotated[float, Between(0)] = 0.1,
+        learning_rate: Annotated[float, Between(0)] = 0.01,
         weight_decay: Annotated[float, Between(0)] = 0.05,
         mean_momentum: Annotated[float, Between(0, 1)] = 0.9,
     ) -> None:
@@ -100,7 +109,7 @@ class tgeo(nn.Module):
 
     def _begin(self) -> None:
         due = self._trainer.state.global_step % self.update_every == 0
-        self._step = _Step(_copies(self._trained()) if due else [])
+        self._step = _Step(copies(self._trained()) if due else [])
 
     def _end(self) -> None:
         """After the student's step, which the controller is judged by."""
@@ -197,32 +206,6 @@ def validation_gradient(trained: list[nn.Parameter], batches: Iterator[dict[str,
             count += len(labels_N)
     whole = trainer.accelerator.reduce(torch.tensor(float(count), device=trainer.args.device), "sum").clamp(min=1)
     return [trainer.accelerator.reduce(each, "sum") / whole.to(each) for each in total]
-
-
-@torch.no_grad()
-def slopes(
-    trained: list[nn.Parameter], before: list[Tensor], direction: list[Tensor], values: Callable[[], Tensor]
-) -> Tensor:
-    """``<direction, gradient of each value at before>`` by central differences, ``(N,)``; what trains stays as it is.
-
-    The distance is 0.01 over the length of the direction, as in DARTS.
-    """
-    length = torch.stack([part.square().sum() for part in direction]).sum().sqrt()
-    if not length > 0:
-        return torch.zeros_like(values())
-    distance, after = 0.01 / length, _copies(trained)
-    ends = []
-    for sign in (1, -1):
-        for parameter, was, part in zip(trained, before, direction, strict=True):
-            parameter.copy_(was + sign * distance * part)
-        ends.append(values())
-    for parameter, now in zip(trained, after):
-        parameter.copy_(now)
-    return (ends[0] - ends[1]) / (2 * distance)
-
-
-def _copies(parameters: list[nn.Parameter]) -> list[Tensor]:
-    return [parameter.detach().clone() for parameter in parameters]
 
 
 def _unlabelled(inputs: dict[str, Any]) -> dict[str, Any]:
