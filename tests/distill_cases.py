@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import sys
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from peft import LoraConfig
 from safetensors.torch import save_file
 from training_cases import bert, classes_data, language_data, llama, padded, three_steps, train
 
-from hf_fuse import DistillConfig, DistillTrainer
+from hf_fuse import DistillConfig, DistillTrainer, registry
 
 
 def another(make, **changes):
@@ -35,6 +36,13 @@ def lora():
     return LoraConfig(target_modules=["q_proj", "up_proj"], r=4, lora_dropout=0.0, init_lora_weights=False)
 
 
+# Those that compare the student with one teacher, token by token; the others fuse several.
+ONE_TEACHER = [
+    name
+    for name in registry.names("distill")
+    if not isinstance(registry.get("distill", name).function, type)
+    and "sources" not in signature(registry.get("distill", name).function).parameters
+]
 KL = {"task": 0.5, "forward_kl": {"weight": 0.5, "temperature": 2.0}}
 CASES: dict[str, dict[str, Any]] = {
     "language": {"model": llama, "teacher": another(llama), "objectives": KL | {"logit_z": 0.1}},

@@ -57,4 +57,4 @@ class DistillConfig(FuseConfig):
 
 def is_distillation(objective: Objective) -> bool:
     """Whether it is computed where the teacher's logits are, chunk by chunk if need be."""
-    return "teacher" in objective.needs.values()
+    return not {"teacher", "sources"}.isdisjoint(objective.needs.values())

@@ -5,16 +5,35 @@ N predictions that have a label, V tokens of the vocabulary or classes, D hidden
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import logging
+from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.data import DataLoader
+from transformers.trainer_utils import EvalLoopOutput
 
+from hf_fuse import registry
 from hf_fuse.batch_counts import IGNORED, PREDICTIONS, labels_of
+from hf_fuse.distill.aligned_teacher import AlignedTeacher
+from hf_fuse.distill.cache import TeacherCache, is_cache
+from hf_fuse.distill.cached_teacher import (
+    CACHED,
+    CachedTeacher,
+    WithPredictions,
+    check_covered,
+    check_objective,
+    check_tokenizer,
+    uncovered,
+)
 from hf_fuse.distill.chunked import chunked_sum
 from hf_fuse.distill.config import DistillConfig, is_distillation
+from hf_fuse.distill.sources import Source, narrowed
 from hf_fuse.distill.teachers import (
     BASE,
     BaseTeacher,
@@ -25,6 +44,7 @@ from hf_fuse.distill.teachers import (
     replaced_head,
     tokenizer_of,
 )
+from hf_fuse.distill.top_k import TopK
 from hf_fuse.errors import FuseError
 from hf_fuse.loss_inputs import kept_predictions, without
 from hf_fuse.losses._predictions import class_indices
@@ -32,6 +52,8 @@ from hf_fuse.model_features import classifier_inputs, sample_features
 from hf_fuse.objective_heads import trained_parameters
 from hf_fuse.objectives import Objective
 from hf_fuse.trainer import FuseTrainer
+
+logger = logging.getLogger(__name__)
 
 # What objectives of `distill/attached` may ask for besides.
 FURTHER = ("teacher_logits", "inputs", "model")
@@ -53,8 +75,9 @@ class DistillTrainer(FuseTrainer):
         model: the student: a transformers or PEFT model.
         args: a :class:`DistillConfig`.
         teacher: a model, its name on the Hub or folder, ``"base"`` for the student's base model with its adapters
-            switched off, or a list of such. The terms of several teachers are added with ``teacher_weights``. None
-            for objectives that do without (:mod:`hf_fuse.distill.attached`).
+            switched off, the folder of a cache that ``hf-fuse teach`` has made (no model is in memory then), an :class:`~hf_fuse.distill.aligned_teacher.AlignedTeacher` for one that reads with another
+            tokenizer or chat template, or a list of such. The terms of several teachers are added with
+            ``teacher_weights``. None for objectives that do without (:mod:`hf_fuse.distill.attached`).
         teacher_tokenizer: of all teachers, where it can't be found beside them. It must be the student's.
         peers: models that learn together with the student, for the objective ``mutual``.
         trainer_arguments: of :class:`~hf_fuse.FuseTrainer`: ``peft_config``, ``train_dataset``, ``processing_class``...
@@ -64,14 +87,14 @@ class DistillTrainer(FuseTrainer):
             with a model or objective that it can't serve; or an objective lacks its teacher.
     """
 
-    extra_tensors = frozenset({"student", "teacher", "distilled", *FURTHER})
+    extra_tensors = frozenset({"student", "teacher", "sources", "sequences", "distilled", *FURTHER})
 
     def __init__(
         self,
         model: nn.Module | None = None,
         args: DistillConfig | None = None,
         *,
-        teacher: nn.Module | str | list[nn.Module | str] | None = None,
+        teacher: nn.Module | str | AlignedTeacher | list[nn.Module | str | AlignedTeacher] | None = None,
         teacher_tokenizer: Any = None,
         peers: list[nn.Module] | None = None,
         **trainer_arguments: Any,
@@ -85,13 +108,21 @@ class DistillTrainer(FuseTrainer):
         self._distilled: dict[str, Tensor] = {}
         self._logits_wanted, self._head_checked = False, False
         self.peers = peers
-        self._teacher_logits: Tensor | None = None
+        self._teacher_logits: Tensor | TopK | None = None
+        self._cached: list[dict[str, Tensor]] = []
+        self._covered: dict[Any, bool] = {}
+        self._evaluates_methods = True
         given = [] if teacher is None else teacher if isinstance(teacher, list) else [teacher]
         self.teachers = [self._teacher(each) for each in given]
         self._teacher_weights = self._checked_weights()
         tokenizer = tokenizer_of(self._base, self.processing_class)
         for each in self.teachers:
-            check_teacher(each, self._base, tokenizer, tokenizer_of(each.base, teacher_tokenizer))
+            if isinstance(each, CachedTeacher):
+                self._check_cache(each, tokenizer)
+            elif isinstance(each, AlignedTeacher):
+                each.check(self._base, tokenizer)
+            else:
+                check_teacher(each, self._base, tokenizer, tokenizer_of(each.base, teacher_tokenizer))
         if args.chunk_size:
             self._check_chunks()
         for objective in self._stateful:
@@ -99,6 +130,7 @@ class DistillTrainer(FuseTrainer):
                 objective.loss.attach(self)
                 objective.loss.to(args.device)
         self._head_parameters = trained_parameters(self._stateful, self.accelerator)
+        check_covered(self._caches, self.train_dataset, self._collate_of_model)
 
     @property
     def student(self) -> nn.Module:
@@ -129,6 +161,30 @@ class DistillTrainer(FuseTrainer):
             "model": model,
         }
 
+    def compute_loss(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+        self._cached = inputs.get(CACHED, [])
+        return super().compute_loss(model, inputs, *args, **kwargs)
+
+    def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
+        loss = super().training_step(*args, **kwargs)
+        if self.accelerator.sync_gradients:
+            for objective in self._stateful:
+                if hasattr(objective.loss, "before_step"):
+                    objective.loss.before_step()
+        return loss
+
+    def get_train_dataloader(self) -> DataLoader:
+        with self._with_predictions():
+            return super().get_train_dataloader()
+
+    def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader:
+        with self._with_predictions():
+            return super().get_eval_dataloader(eval_dataset)
+
+    def evaluation_loop(self, dataloader: DataLoader, *args: Any, **kwargs: Any) -> EvalLoopOutput:
+        self._evaluates_methods = self._covers(dataloader.dataset)
+        return super().evaluation_loop(dataloader, *args, **kwargs)
+
     def prediction_step(
         self,
         model: nn.Module,
@@ -154,12 +210,17 @@ class DistillTrainer(FuseTrainer):
             return self._forward_in_chunks(model, inputs, methods)
         # Before the student's pass: switching adapters must not fall between it and its backward pass.
         teachers = self.teachers if methods or asking else []
-        teacher_NV = [kept_predictions(each.logits(inputs), labels, shifted=shifted)[0] for each in teachers]
-        self._teacher_logits = teacher_NV[0] if asking else None
+        answers = self._said(teachers, inputs, labels, shifted)
+        for number, each in enumerate(teachers):
+            if number not in answers:
+                answers[number] = kept_predictions(each.logits(inputs), labels, shifted=shifted)[0]
+        answers = [answers[number] for number in range(len(teachers))]
+        self._teacher_logits = answers[0] if asking else None
         task, router_loss, outputs = super()._forward(model, inputs)
         if methods:
             student_NV, labels_N = kept_predictions(outputs.logits, labels, shifted=shifted)
-            sums_M = self._sums(methods, student_NV, teacher_NV, class_indices(labels_N))
+            sequences_N = _sequences(labels, shifted=shifted)
+            sums_M = self._sums(methods, student_NV, answers, class_indices(labels_N), sequences_N)
             self._keep(methods, sums_M, len(labels_N))
         return task, router_loss, outputs
 
@@ -169,15 +230,26 @@ class DistillTrainer(FuseTrainer):
         """As :meth:`_forward`, but the losses are computed in the place of the output layer, chunk by chunk."""
         labels, shifted = labels_of(inputs, shifted=self._loss_shifts_labels)
         teachers = self.teachers if methods else []
-        teacher_ND = [kept_predictions(each.hidden(inputs), labels, shifted=shifted)[0] for each in teachers]
+        # What needs no output layer is there already: its chunks are numbers of predictions.
+        said = self._said(teachers, inputs, labels, shifted)
+        count = int((labels[..., 1:] if shifted else labels).ne(IGNORED).sum())
+        teacher_ND = [
+            torch.arange(count, device=labels.device)
+            if number in said
+            else kept_predictions(each.hidden(inputs), labels, shifted=shifted)[0]
+            for number, each in enumerate(teachers)
+        ]
         head = self._base.get_output_embeddings().forward
         sums = None
 
         def loss(hidden_ND: Tensor, labels_N: Tensor, *teacher_ND: Tensor) -> Tensor:
             student_NV = head(hidden_ND)
-            teacher_NV = [teacher.head(rows_ND) for teacher, rows_ND in zip(teachers, teacher_ND)]
+            answers = [
+                said[number].rows(rows_ND) if number in said else teachers[number].head(rows_ND)
+                for number, rows_ND in enumerate(teacher_ND)
+            ]
             task = F.cross_entropy(student_NV.float(), labels_N, reduction="sum")
-            return torch.cat([task[None], self._sums(methods, student_NV, teacher_NV, labels_N)])
+            return torch.cat([task[None], self._sums(methods, student_NV, answers, labels_N)])
 
         def losses_for_logits(hidden_BSD: Tensor) -> Tensor:
             nonlocal sums
@@ -191,24 +263,44 @@ class DistillTrainer(FuseTrainer):
         if not self._head_checked:
             check_unchanged(sums[None, None], outputs.logits, self._base)
             self._head_checked = True
-        count = int((labels[..., 1:] if shifted else labels).ne(IGNORED).sum())
         # Wrappers look for the graph in what the model returns, not in what was kept aside.
         sums = outputs.logits[0, 0]
         self._keep(methods, sums[1:], count)
         task, router_loss = self._without_router_loss(sums[0] / max(count, 1), outputs, apart=True)
         return task, router_loss, without(outputs, {"logits"})
 
-    def _sums(self, methods: list[Objective], student_NV: Tensor, teacher_NV: list[Tensor], labels_N: Tensor) -> Tensor:
+    def _said(self, teachers: list, inputs: dict[str, Any], labels: Tensor, shifted: bool) -> dict[int, Source | TopK]:
+        """What those of the teachers say that are no models with the student's tokens, by their numbers."""
+        found, cached = {}, iter(self._cached)
+        for number, each in enumerate(teachers):
+            if isinstance(each, AlignedTeacher):
+                found[number] = each.source(inputs, labels, shifted=shifted)
+            elif isinstance(each, CachedTeacher):
+                found[number] = each.predictions(next(cached), labels, shifted=shifted)
+        return found
+
+    def _sums(
+        self,
+        methods: list[Objective],
+        student_NV: Tensor,
+        answers: list[Tensor | Source | TopK],
+        labels_N: Tensor,
+        sequences_N: Tensor | None = None,
+    ) -> Tensor:
         """Of each method, over the predictions and weighted over the teachers, ``(M,)``."""
         # What lies beyond the smallest vocabulary is padding, as was checked.
-        width = min(logits.shape[-1] for logits in (student_NV, *teacher_NV))
-        given = {"student": student_NV[:, :width], "labels": labels_N}
+        widths = [logits.shape[-1] for logits in (student_NV, *answers) if isinstance(logits, Tensor)]
+        width = min([*widths, *(each.facts.vocabulary for each in self._caches)])
+        given = {"student": student_NV[:, :width], "labels": labels_N, "sequences": sequences_N}
         given["progress"] = self.state.global_step / max(self.state.max_steps, 1)
         sums = []
         for objective in methods:
+            if "sources" in objective.needs.values():
+                sums.append(objective.loss(**objective.arguments(given | {"sources": answers})))
+                continue
             values = [
-                weight * objective.loss(**objective.arguments(given | {"teacher": logits[:, :width]}))
-                for weight, logits in zip(self._teacher_weights, teacher_NV)
+                weight * objective.loss(**objective.arguments(_of_one(objective, given, answer, width)))
+                for weight, answer in zip(self._teacher_weights, answers)
             ]
             sums.append(torch.stack(values).sum())
         return torch.stack(sums) if sums else student_NV.new_zeros(0, dtype=torch.float32)
@@ -216,7 +308,13 @@ class DistillTrainer(FuseTrainer):
     def _keep(self, methods: list[Objective], sums_M: Tensor, count: int) -> None:
         self._distilled = {objective.name: value / max(count, 1) for objective, value in zip(methods, sums_M)}
 
-    def _teacher(self, given: nn.Module | str) -> Teacher:
+    def _teacher(self, given: nn.Module | str | AlignedTeacher) -> Teacher | AlignedTeacher:
+        if isinstance(given, AlignedTeacher):
+            return given.placed(self.args.device)
+        if isinstance(given, TeacherCache) or (isinstance(given, str | Path) and is_cache(given)):
+            return _of_revision(
+                CachedTeacher(given if isinstance(given, TeacherCache) else TeacherCache(given)), self.args
+            )
         if given == BASE:
             return BaseTeacher(self.model, self.args.device)
         if given is self.model or given is self._base:
@@ -237,17 +335,76 @@ class DistillTrainer(FuseTrainer):
             raise FuseError(f"objectives.{learning[0]}: needs a teacher, and none is given. Give at least one.")
         if count and not learning:
             raise FuseError("A teacher is given, but no objective learns from one. Add {'forward_kl': 1.0}.")
+        if asking and any(isinstance(each, AlignedTeacher) for each in self.teachers):
+            raise FuseError(f"objectives.{asking[0]}: needs logits of the student's tokens. Use another objective.")
+        fusing = [o.name for o in self._methods if "sources" in o.needs.values()]
+        if fusing and not all(isinstance(each, AlignedTeacher) for each in self.teachers):
+            raise FuseError(
+                f"objectives.{fusing[0]}: fuses teachers that may read in other tokens. Give each as an "
+                "AlignedTeacher(model, rows, student=Encoding(tokenizer, max_length))."
+            )
         if asking and count > 1:
             raise FuseError(f"objectives.{asking[0]}: learns from one teacher, and {count} are given.")
         if weights is not None and len(weights) != count:
             raise FuseError(f"teacher_weights has {len(weights)} numbers for {count} teacher(s).")
         return weights or [1 / max(count, 1)] * count
 
+    @property
+    def _caches(self) -> list[CachedTeacher]:
+        return [each for each in self.teachers if isinstance(each, CachedTeacher)]
+
+    @contextlib.contextmanager
+    def _with_predictions(self) -> Iterator[None]:
+        """Batches that are made inside bring what cached teachers predict."""
+        collate = self.data_collator
+        if self._caches:
+            self.data_collator = WithPredictions(collate, self._caches)
+        try:
+            yield
+        finally:
+            self.data_collator = collate
+
+    def _collate_of_model(self, rows: list) -> dict[str, Any]:
+        return self._get_collator_with_removed_columns(self.data_collator)(rows)
+
+    def _covers(self, dataset: Any) -> bool:
+        """Whether caches know a whole evaluation set: if not, its distillation terms are left out."""
+        key = getattr(dataset, "_fingerprint", id(dataset))
+        if key not in self._covered:
+            self._covered[key] = not any(uncovered(each, dataset, self._collate_of_model)[0] for each in self._caches)
+            if not self._covered[key]:
+                logger.warning(
+                    "The teacher's cache lacks rows of the evaluation set: no distillation term is evaluated."
+                )
+        return self._covered[key]
+
+    def _of_model(self, inputs: dict[str, Any]) -> dict[str, Any]:
+        return {name: value for name, value in super()._of_model(inputs).items() if name != CACHED}
+
+    def _weights(self, training: bool) -> dict[str, float]:
+        weights = super()._weights(training)
+        left_out = set() if training or self._evaluates_methods else {objective.name for objective in self._methods}
+        return {name: weight for name, weight in weights.items() if name not in left_out}
+
+    def _check_cache(self, teacher: CachedTeacher, tokenizer: Any) -> None:
+        if not self._loss_shifts_labels or self._base.get_output_embeddings() is None:
+            raise FuseError(
+                f"{teacher.name}: is for causal language models; the student is a {type(self._base).__name__}."
+            )
+        check_tokenizer(teacher, tokenizer, self._base.config.get_text_config().vocab_size)
+        for objective in self._methods:
+            check_objective(teacher, objective.name, objective.loss, objective.arguments)
+        for objective in self._stateful:
+            if "teacher_logits" in objective.needs.values() and not getattr(objective.loss, "takes_top_k", False):
+                raise FuseError(f"objectives.{objective.name}: needs whole distributions, which a cache doesn't keep.")
+
     def _check_chunks(self) -> None:
         if not self._loss_shifts_labels or self._base.get_output_embeddings() is None:
             raise FuseError(
                 f"chunk_size is for causal language models; the student is a {type(self._base).__name__}. Set it to 0."
             )
+        if whole := [o.name for o in self._methods if "sequences" in o.needs.values()]:
+            raise FuseError(f"objectives.{whole[0]}: compares whole sequences. Set chunk_size to 0.")
         for objective in self.objectives:
             if not {"logits", "second_logits", "teacher_logits"}.isdisjoint(objective.needs.values()):
                 raise FuseError(
@@ -267,6 +424,40 @@ class DistillTrainer(FuseTrainer):
             raise FuseError(
                 "The adapter changes the output layer, which chunks use as the base's. Set chunk_size to 0."
             )
+
+
+def _of_revision(teacher: CachedTeacher, args: DistillConfig) -> CachedTeacher:
+    options = dict(args.teacher_model_init_kwargs or {})
+    wanted = options.pop("revision", None)
+    if options:
+        raise FuseError(f"teacher_model_init_kwargs: {next(iter(options))} is for models, and {teacher.name} is none.")
+    if wanted is not None and not (teacher.facts.revision or "").startswith(wanted):
+        raise FuseError(
+            f"{teacher.name}: was made with revision {teacher.facts.revision or 'unknown'} of {teacher.facts.teacher}, "
+            f"expected {wanted}. Make it again with hf-fuse teach."
+        )
+    return teacher
+
+
+def _sequences(labels: Tensor, *, shifted: bool) -> Tensor | None:
+    """Of which row of the batch each prediction is, ``(N,)``; None where a row is one prediction."""
+    kept = labels[..., 1:] if shifted else labels
+    return (kept != IGNORED).nonzero()[:, 0] if kept.dim() > 1 and not kept.is_floating_point() else None
+
+
+def _of_one(objective: Objective, given: dict[str, Any], answer: Tensor | Source | TopK, width: int) -> dict[str, Any]:
+    """What a method gets that learns from one teacher: the predictions about which this teacher says something."""
+    if isinstance(answer, Tensor):
+        return given | {"teacher": answer[:, :width]}
+    if isinstance(answer, TopK):
+        return given | {"teacher": answer.within(width)}
+    if getattr(registry.get("distill", objective.name).module, "ANY_VOCABULARY", False):
+        chosen_N, top = answer.has_N, answer.unmapped()
+    else:
+        top = narrowed(answer.everywhere().within(width), width - 1)
+        chosen_N = top.known_NK.any(-1)
+        top = top.rows(chosen_N)
+    return given | {"student": given["student"][chosen_N], "labels": given["labels"][chosen_N], "teacher": top}
 
 
 def _from_the_forward_pass(objective: Objective) -> Objective:

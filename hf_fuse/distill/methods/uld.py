@@ -12,6 +12,7 @@ from hf_fuse.distill.top_k import TopK
 from hf_fuse.registry import Between
 
 PAPER = "https://arxiv.org/abs/2402.12030"
+ANY_VOCABULARY = True  # tokens are compared by rank, so a teacher's need not be the student's
 
 
 def uld(
