@@ -313,7 +313,7 @@ def test_names_options_and_refusals(tmp_path):
         refused("turns images; BertForSequenceClassification", case, model=bert, data=classes_data())
     refused("tgeo: needs a teacher", "tgeo", teacher=lambda: None)
     refused("learns from one teacher, and 2", "tgeo", teacher=lambda: [vit(1), vit(2)])
-    refused("a stream or too small", "tgeo", data=images(3))
+    refused("a stream or too small", "tgeo", data=images(2))
     refused("A teacher is given, but no objective", "saf", teacher=vit)
     chunked = {"chunk_size": 4, "model": llama}
     refused("mesa: needs all logits", "mesa", **chunked)
