@@ -65,8 +65,8 @@ def loss_table() -> str:
 
 
 def distillation_table() -> str:
-    """All distillation methods and their options."""
-    methods = [registry.get("distill", name) for name in registry.names("distill")]
+    """All distillation methods and their options; those that attach something to the training come last."""
+    methods = [registry.get(kind, name) for kind in ("distill", "attached") for name in registry.names(kind)]
     rows = [f"| {_linked(m.name, m.paper)} | {m.summary} | {_listed(m.options)} |" for m in methods]
     return "\n".join(["| method | what it does | options |", "|---|---|---|", *rows])
 
