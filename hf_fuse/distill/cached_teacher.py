@@ -5,12 +5,14 @@ B rows of a batch, S tokens, K kept tokens, N predictions.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
@@ -18,7 +20,6 @@ from hf_fuse.batch_counts import IGNORED
 from hf_fuse.distill.cache import TeacherCache, row_key, tokenizer_key
 from hf_fuse.distill.top_k import TopK
 from hf_fuse.errors import FuseError
-from hf_fuse.loss_inputs import kept_predictions
 
 CACHED = "cached_predictions"  # column of a batch: for each cached teacher, its tensors
 
@@ -70,28 +71,24 @@ class CachedTeacher:
                 else:
                     yield f"no text of {len(ids)} such tokens is in it (another text, chat template or max_length)"
 
-    def predictions(self, found: dict[str, Tensor], labels: Tensor, *, shifted: bool, width: int) -> TopK:
-        """Of what :meth:`look_up` found, those ``(N, K)`` that have a label, over the first ``width`` tokens.
+    def predictions(self, found: dict[str, Tensor], labels: Tensor, *, shifted: bool) -> TopK:
+        """Of what :meth:`look_up` found, those ``(N, K)`` that have a label.
 
         Raises:
             FuseError: a label has no prediction.
         """
-        kept = {name: kept_predictions(values, labels, shifted=shifted)[0] for name, values in found.items()}
+        predicted_BS = labels != IGNORED
+        if shifted:
+            predicted_BS = F.pad(predicted_BS[:, 1:], (0, 1))
+        kept = {name: values[predicted_BS] for name, values in found.items()}
         if not (self.facts.partial or kept["covered"].all()):
             raise FuseError(
                 f"{self.name}: a label of the batch has no prediction. Make the cache of all training data."
             )
-        top = TopK(
+        return TopK(
             kept["ids"].long(), kept["log_probs"].float(), kept["tail"], kept["label"], self.facts.temperature,
             kept["log_z"],
         )  # fmt: skip
-        return top if self.facts.vocabulary <= width else top.within(width)
-
-    def nothing(self) -> TopK:
-        """The predictions for no text, to try what takes them."""
-        ids_NK = torch.zeros(0, self.facts.k, dtype=torch.long)
-        none_N = torch.zeros(0)
-        return TopK(ids_NK, ids_NK.float(), none_N, none_N, self.facts.temperature, none_N)
 
     def _number(self, ids: np.ndarray, wanted: np.ndarray) -> int | None:
         """Of the row of the cache with these tokens and predictions for the wanted ones."""
@@ -146,6 +143,30 @@ def check_tokenizer(teacher: CachedTeacher, tokenizer: PreTrainedTokenizerBase |
         )
 
 
+def check_objective(teacher: CachedTeacher, name: str, loss: Callable[..., Tensor], arguments: Callable) -> None:
+    """Whether a method can learn from a cache: it takes a top-K, of this temperature.
+
+    Args:
+        name: of the objective.
+        loss: of it.
+        arguments: picks what it needs out of all that there is.
+
+    Raises:
+        FuseError: it can't.
+    """
+    if not any("TopK" in str(parameter.annotation) for parameter in inspect.signature(loss).parameters.values()):
+        raise FuseError(
+            f"objectives.{name}: needs whole distributions, and {teacher.name} keeps the {teacher.facts.k} likeliest "
+            "tokens. Give a model as the teacher, or use another objective."
+        )
+    none_NV, none_N = torch.zeros(0, teacher.facts.vocabulary), torch.zeros(0, dtype=torch.long)
+    top = TopK.of(none_NV, teacher.facts.k, none_N, temperature=teacher.facts.temperature)
+    try:
+        loss(**arguments({"student": none_NV, "teacher": top, "labels": none_N, "progress": 0.0}))
+    except FuseError as error:
+        raise FuseError(f"objectives.{name}: {error}") from None
+
+
 def uncovered(teacher: CachedTeacher, dataset: Any, collate: Callable[[list], Any]) -> tuple[list[int], str]:
     """Numbers of the dataset's rows that the cache doesn't cover, and why the first doesn't."""
     found, why = [], ""
@@ -155,6 +176,22 @@ def uncovered(teacher: CachedTeacher, dataset: Any, collate: Callable[[list], An
             found.append(number)
             why = why or reason
     return found, why
+
+
+def check_covered(teachers: list[CachedTeacher], dataset: Any, collate: Callable[[list], Any]) -> None:
+    """Whether the caches know all that is to be trained on. Of a stream, that shows batch by batch.
+
+    Raises:
+        FuseError: some row isn't known.
+    """
+    for teacher in teachers if hasattr(dataset, "__len__") else ():
+        rows, why = uncovered(teacher, dataset, collate)
+        if rows:
+            raise FuseError(
+                f"{teacher.name}: lacks {len(rows)} of the {len(dataset)} training rows. The first is row "
+                f"{rows[0] + 1}: {why}. Make the cache of the same data, with the same max_length, train_on and chat "
+                "template."
+            )
 
 
 def _texts(batch: dict[str, Any]) -> Iterator[tuple[int, int, np.ndarray, np.ndarray]]:

@@ -75,9 +75,10 @@ class DistillTrainer(FuseTrainer):
         model: the student: a transformers or PEFT model.
         args: a :class:`DistillConfig`.
         teacher: a model, its name on the Hub or folder, ``"base"`` for the student's base model with its adapters
-            switched off, the folder of a cache that ``hf-fuse teach`` has made (no model is in memory then), an :class:`~hf_fuse.distill.aligned_teacher.AlignedTeacher` for one that reads with another
-            tokenizer or chat template, or a list of such. The terms of several teachers are added with
-            ``teacher_weights``. None for objectives that do without (:mod:`hf_fuse.distill.attached`).
+            switched off, the folder of a cache that ``hf-fuse teach`` has made (no model is in memory then), an
+            :class:`~hf_fuse.distill.aligned_teacher.AlignedTeacher` for one that reads with another tokenizer or chat
+            template, or a list of such. The terms of several teachers are added with ``teacher_weights``. None for
+            objectives that do without (:mod:`hf_fuse.distill.attached`).
         teacher_tokenizer: of all teachers, where it can't be found beside them. It must be the student's.
         peers: models that learn together with the student, for the objective ``mutual``.
         trainer_arguments: of :class:`~hf_fuse.FuseTrainer`: ``peft_config``, ``train_dataset``, ``processing_class``...
@@ -125,10 +126,13 @@ class DistillTrainer(FuseTrainer):
                 check_teacher(each, self._base, tokenizer, tokenizer_of(each.base, teacher_tokenizer))
         if args.chunk_size:
             self._check_chunks()
-        for objective in self._stateful:
+        modules = [o for o in (*self.objectives, *self._methods) if isinstance(o.loss, nn.Module)]
+        for objective in modules:
             if hasattr(objective.loss, "attach"):
                 objective.loss.attach(self)
                 objective.loss.to(args.device)
+        # Some have made the layers that they train only now.
+        self._stateful = [objective for objective in modules if objective.stateful]
         self._head_parameters = trained_parameters(self._stateful, self.accelerator)
         check_covered(self._caches, self.train_dataset, self._collate_of_model)
 
