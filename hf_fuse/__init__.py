@@ -17,6 +17,8 @@ _PUBLIC = {
     "extract_lora": "hf_fuse.merge.extract_lora",
     "store": "hf_fuse.merge.extract",
     "extract": "hf_fuse.merge.extract",
+    "TwinModel": "hf_fuse.merge.twin_model",
+    "train_router": "hf_fuse.merge.twin_router",
     "learn": "hf_fuse.merge.learning",
     "align": "hf_fuse.merge.align.engine",
     "Recipe": "hf_fuse.recipe",
@@ -51,6 +53,9 @@ _PUBLIC = {
     "dmt_stages": "hf_fuse.data.dmt",
     "class_balanced": "hf_fuse.data.class_balanced",
     "step_law": "hf_fuse.data.step_law",
+    "EncoderFeatures": "hf_fuse.heads.features",
+    "Head": "hf_fuse.heads.head",
+    "install_head": "hf_fuse.heads.linear",
     "FuseError": "hf_fuse.errors",
 }
 __all__ = [*_PUBLIC, "__version__"]

@@ -89,8 +89,8 @@ def perplexity(
     total = sum(losses_B.sum().item() for _, losses_B in scored)
     if not size.tokens:
         raise FuseError(
-            f"perplexity: nothing to score in {len(size.per_text)} text(s): each needs at least two tokens, because the "
-            "first one has no context. Pass longer texts."
+            f"perplexity: nothing to score in {len(size.per_text)} text(s): each needs at least two tokens, because "
+            "the first one has no context. Pass longer texts."
         )
     loss = total / size.tokens
     # exp overflows a float above 709 nats; NaN stays NaN.

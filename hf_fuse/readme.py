@@ -95,6 +95,19 @@ def decoding_table() -> str:
     return "\n".join(lines)
 
 
+def head_table() -> str:
+    """All heads, by the first paragraph and the first paper of their modules."""
+    from hf_fuse.heads import HEADS, OTHERS
+
+    lines = ["| head | what it does | module |", "|---|---|---|"]
+    for name, module_name in {**HEADS, **OTHERS}.items():
+        text = inspect.cleandoc(import_module(f"hf_fuse.heads.{module_name}").__doc__)
+        paper = re.search(r"https://arxiv\.org/abs/[\d.]+\d", text)
+        summary = text.split("\n\n")[0].replace("\n", " ")
+        lines.append(f"| {_linked(name, paper and paper[0])} | {summary} | `hf_fuse.heads.{module_name}` |")
+    return "\n".join(lines)
+
+
 def _linked(name: str, paper: str | None) -> str:
     return f"[`{name}`]({paper})" if paper else f"`{name}`"
 
@@ -105,6 +118,7 @@ def _listed(names) -> str:
 
 TABLES = {
     "selection": selection_table,
+    "heads": head_table,
     "methods": merge_table,
     "adapters": adapter_table,
     "losses": loss_table,

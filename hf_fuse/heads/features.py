@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+from hf_fuse.checkpoint.tokenizer import tokenizer_files
 from hf_fuse.errors import FuseError
 from hf_fuse.heads.head import BaseEstimator, TransformerMixin
 from hf_fuse.model_features import classifier_inputs, sample_features
@@ -116,6 +117,9 @@ class EncoderFeatures(TransformerMixin, BaseEstimator):
         if not hasattr(self, "_processor"):
             source = model.name_or_path
             pixels = model.main_input_name == "pixel_values"
+            if Path(source).is_dir() and not tokenizer_files(Path(source)):
+                # transformers would make an empty tokenizer up.
+                raise FuseError(f"{source}: holds neither a tokenizer nor an image processor. Pass one as processor.")
             try:
                 self._processor = (AutoImageProcessor if pixels else AutoTokenizer).from_pretrained(source)
             except (OSError, ValueError) as error:

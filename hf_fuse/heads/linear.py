@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -15,7 +16,7 @@ if TYPE_CHECKING:
 
 
 def linear_layer(head: Any, dtype: torch.dtype = torch.float32) -> nn.Linear:
-    """A layer that computes the head's scores.
+    """A layer with the head's scores, but for what they have in common in each sample.
 
     Args:
         head: fitted, with a method ``linear`` (nearest_mean, naive_bayes, analytic), or a linear model of scikit-learn
@@ -35,14 +36,15 @@ def linear_layer(head: Any, dtype: torch.dtype = torch.float32) -> nn.Linear:
             weights_CD, bias_C = [0 * weights_CD[0], weights_CD[0]], [0.0, bias_C[0]]
     else:
         raise FuseError(f"{type(head).__name__}: is not linear: it can't become a layer. Save it with save_pretrained.")
-    weights = torch.as_tensor(weights_CD).to(dtype)
-    layer = nn.Linear(weights.shape[1], weights.shape[0], dtype=dtype)
-    layer.weight.data.copy_(weights)
-    layer.bias.data.copy_(torch.as_tensor(bias_C))
+    weights_CD, bias_C = torch.tensor(np.asarray(weights_CD)), torch.tensor(np.asarray(bias_C))
+    layer = nn.Linear(weights_CD.shape[1], len(weights_CD), dtype=dtype)
+    # What all classes have in common does not count in a softmax, but rounding it to ``dtype`` would.
+    layer.weight.data.copy_(weights_CD - weights_CD.mean(0))
+    layer.bias.data.copy_(bias_C - bias_C.mean())
     return layer
 
 
-def install(head: Any, model: PreTrainedModel) -> PreTrainedModel:
+def install_head(head: Any, model: PreTrainedModel) -> PreTrainedModel:
     """Replaces the last layer of a classifier of transformers by a linear head; changes ``model`` and returns it.
 
     The head's features have to be what that layer takes, as :class:`~hf_fuse.heads.features.EncoderFeatures` of the
@@ -65,8 +67,7 @@ def install(head: Any, model: PreTrainedModel) -> PreTrainedModel:
             f"{old.in_features}. Take the features from this model with EncoderFeatures."
         )
     if old.bias is None:  # of decoders
-        spread = layer.bias.detach() - layer.bias.detach().mean()
-        if spread.abs().max() > 1e-6 * layer.weight.abs().max():
+        if layer.bias.abs().max() > 1e-6 * layer.weight.abs().max():
             raise FuseError(
                 f"{type(model).__name__}: its last layer has no bias, which the head needs. Use a head without one: "
                 "Analytic, or LogisticRegression(fit_intercept=False)."

@@ -286,11 +286,11 @@ def test_label_sets_of_digit_pairs(digits):
     """A sample holds one or two digits; intersections, unions and differences of such samples are recognised."""
     X, y, *_ = digits
     X, y = X[y < 4], y[y < 4]
-    pairs = np.random.default_rng(0).integers(0, len(X), (900, 2))
+    pairs = np.random.default_rng(0).integers(0, len(X), (600, 2))
     both = X[pairs[:, 0]] + X[pairs[:, 1]]
     labels = np.maximum(np.eye(4)[y[pairs[:, 0]]], np.eye(4)[y[pairs[:, 1]]])
-    operations = LabelSetOperations(epochs=25).fit(both[:700], labels[:700])
-    a, b, of_a, of_b = both[700:800], both[800:], labels[700:800], labels[800:]
+    operations = LabelSetOperations(epochs=12, batch_size=32).fit(both[:500], labels[:500])
+    a, b, of_a, of_b = both[500:550], both[550:], labels[500:550], labels[550:]
     wanted = {"intersection": of_a * of_b, "union": np.maximum(of_a, of_b), "difference": of_a * (1 - of_b)}
     for operation, expected in wanted.items():
         found = operations.predict_proba(operations.combine(operation, a, b)) > 0.5
