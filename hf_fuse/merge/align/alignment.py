@@ -8,15 +8,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from hf_fuse.checkpoint.reader import DTYPE_CODES, TORCH_NAMES, Checkpoint, FilePool
+from hf_fuse.checkpoint.reader import TORCH_NAMES, Checkpoint, FilePool, read_header
 from hf_fuse.checkpoint.writer import Layout, PartialFolder, lay_out
 from hf_fuse.errors import FuseError
 from hf_fuse.merge.align.maps import carried, raw_bytes, read_raw
 from hf_fuse.merge.align.spaces import Spaces
 
-MAPS_STEM = "alignment"  # of the file with the maps
+# Not beside the weights: some programs read every file of tensors that they find there.
+MAPS = "alignment/maps.safetensors"
+MARK = {"hf_fuse": "alignment"}
 
 
 @dataclass(frozen=True)
@@ -102,17 +105,10 @@ def write_fused(reference: Checkpoint, alignment: Alignment, partial: PartialFol
 def _created(rows: list, alignment: Alignment, partial: PartialFolder, max_shard_bytes: int) -> Layout:
     """The folder with the headers of all weights, and the whole file of maps."""
     layout = lay_out(rows, max_shard_bytes)
-    maps = {name: units.contiguous() for name, units in sorted(alignment.maps.items())}
-    codes = [
-        (name, DTYPE_CODES[str(units.dtype).removeprefix("torch.")], tuple(units.shape)) for name, units in maps.items()
-    ]
-    beside = lay_out(codes, 1 << 62, MAPS_STEM, {"hf_fuse": "alignment"})
     partial.create(layout)
-    with (partial.folder / f"{MAPS_STEM}.safetensors").open("wb") as file:
-        file.write(beside.headers[f"{MAPS_STEM}.safetensors"])
-        file.truncate(beside.sizes[f"{MAPS_STEM}.safetensors"])
-    for name, units in maps.items():
-        partial.write(beside.places[name], 0, raw_bytes(units))
+    path = partial.folder / MAPS
+    path.parent.mkdir()
+    save_file({name: units.contiguous() for name, units in alignment.maps.items()}, path, metadata=MARK)
     return layout
 
 
@@ -122,18 +118,10 @@ def read_maps(ref: str) -> dict[str, Tensor]:
     Raises:
         FuseError: there are none.
     """
-    from hf_fuse.checkpoint.reader import read_header
-
     path = Path(ref).expanduser()
-    path = path / f"{MAPS_STEM}.safetensors" if path.is_dir() else path
+    path = path / MAPS if path.is_dir() else path
     if not path.is_file():
         raise FuseError(f"{ref}: no recorded alignment found. Expected a folder made by hf-fuse align.")
-    infos, metadata = read_header(path)
-    if metadata.get("hf_fuse") != "alignment":
-        raise FuseError(f"{path}: is not a recorded alignment. Expected {MAPS_STEM}.safetensors of hf-fuse align.")
-    pool = FilePool()
-    try:
-        dtypes = {name: getattr(torch, TORCH_NAMES[info.dtype]) for name, info in infos.items()}
-        return {name: read_raw(info, pool).view(dtypes[name]) for name, info in infos.items()}
-    finally:
-        pool.close()
+    if read_header(path)[1].get("hf_fuse") != MARK["hf_fuse"]:
+        raise FuseError(f"{path}: is not a recorded alignment. Expected {MAPS} in a folder made by hf-fuse align.")
+    return load_file(path)

@@ -10,10 +10,10 @@ from hf_fuse.card import merge_card, read_license
 from hf_fuse.checkpoint.reader import Checkpoint, open_checkpoint, read_json
 from hf_fuse.checkpoint.tokenizer import copy_files, tokenizer_files
 from hf_fuse.checkpoint.writer import check_output, exclusive_output
-from hf_fuse.errors import RecipeError
+from hf_fuse.errors import FuseError, RecipeError
 from hf_fuse.evaluation_models import check_device
 from hf_fuse.merge.align.alignment import Alignment, write_aligned, write_fused
-from hf_fuse.merge.align.live import LivePair, check_same, encoded, load_model, logits, read_data, reorder
+from hf_fuse.merge.align.live import LivePair, check_same, encoded, load_model, logits, reorder
 from hf_fuse.merge.align.maps import Maps
 from hf_fuse.merge.align.pair import Pair, check_pair
 from hf_fuse.merge.align.recipe import AlignRecipe, load_align_recipe
@@ -23,6 +23,7 @@ from hf_fuse.merge.carry import output_config, write_json
 from hf_fuse.merge.finish import RECIPE_FILE, versions
 from hf_fuse.merge.workers import World
 from hf_fuse.recipe import ModelRef, dump_recipe
+from hf_fuse.training_data import read_rows
 
 
 def align(
@@ -35,7 +36,7 @@ def align(
     """Puts the units of a model into the order of a reference's, so that a merge of the two makes sense.
 
     The output is the same model with its units in another order: a merge reads it like any other. Methods that change
-    widths or mix units write the merged model instead. The order is kept beside it, in ``alignment.safetensors``.
+    widths or mix units write the merged model instead. The order is kept beside it, in ``alignment/``.
 
     Args:
         recipe: YAML file, dictionary or AlignRecipe.
@@ -68,6 +69,8 @@ def align(
         else:
             write_fused(pair.reference, found, partial, recipe.max_shard_bytes)
             _write_companions(pair.reference, found, partial.folder)
+            if recipe.verify:
+                _check_runs(recipe, pair, partial.folder)
         partial.sync()
         result = Aligned(folder, recipe.method, found, difference)
         (partial.folder / RESULTS).write_text(json.dumps(result.to_dict(), indent=2) + "\n", encoding="utf-8")
@@ -84,7 +87,6 @@ def open_pair(recipe: AlignRecipe) -> Pair:
         CheckpointError: no such model, damaged, or of other widths than the method can match.
         FuseError: an architecture that is not known, two that do not fit, or anything wrong with the data.
     """
-    rows = read_data(recipe) if recipe.data else None
     checkpoints = [
         open_checkpoint(ref.path, ref.revision) for ref in (recipe.model, recipe.reference) if ref is not None
     ]
@@ -98,8 +100,8 @@ def open_pair(recipe: AlignRecipe) -> Pair:
         check(pair, **recipe.options)
     if recipe.verify:
         pair.verify = lambda maps: _reordered(recipe, moved, spaces[0], maps)
-    if rows is not None:
-        data = encoded(rows, recipe, reference)
+    if recipe.data:
+        data = encoded(read_rows(recipe.data_entry), recipe, reference)
         models = tuple(_loaded(recipe, checkpoint, checkpoint.folder) for checkpoint in (moved, reference))
         pair.live = LivePair(models, spaces, data, recipe.batch_size)
     return pair
@@ -122,6 +124,12 @@ def _verified(recipe: AlignRecipe, pair: Pair, folder: Path) -> float:
     before = logits(_loaded(recipe, pair.moved, pair.moved.folder), recipe.seed)
     model = _loaded(recipe, pair.moved, folder)
     return check_same(before, logits(model, recipe.seed), model.dtype, pair.moved.ref)
+
+
+def _check_runs(recipe: AlignRecipe, pair: Pair, folder: Path) -> None:
+    """Loads the merged model, whose widths may be new to its class, and looks at its logits."""
+    if not logits(_loaded(recipe, pair.reference, folder), recipe.seed).isfinite().all():
+        raise FuseError(f"{pair.reference.ref}: the logits of the merged model are not finite, so nothing is saved.")
 
 
 def _write_companions(checkpoint: Checkpoint, found: Alignment, folder: Path) -> None:

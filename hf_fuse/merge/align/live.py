@@ -20,7 +20,7 @@ from hf_fuse.merge.align.maps import Maps, carried
 from hf_fuse.merge.align.recipe import AlignRecipe
 from hf_fuse.merge.align.spaces import RESIDUAL, Group, Part, Spaces
 from hf_fuse.perplexity import context_length
-from hf_fuse.training_data import Rows, TrainingData, encode, encode_images, read_rows
+from hf_fuse.training_data import Rows, TrainingData, encode, encode_images
 
 PROBE_SEQUENCES, PROBE_TOKENS = 2, 32  # enough to tell two models apart
 # Largest difference of logits, relative to the largest logit, that the order of sums explains.
@@ -279,15 +279,6 @@ def modules_by_stored_name(model: Any) -> dict[str, nn.Module]:
         for parameter in module.parameters(recurse=False):
             owners.setdefault(id(parameter), module)
     return {name: owners[id(parameter)] for name, parameter in parameters_by_stored_name(model).items()}
-
-
-def read_data(recipe: AlignRecipe) -> Rows:
-    """The data of a recipe, not yet encoded: everything that can be wrong with it but for the model.
-
-    Raises:
-        FuseError: no such data, or of no known format.
-    """
-    return read_rows(recipe.data_entry)
 
 
 def encoded(rows: Rows, recipe: AlignRecipe, checkpoint: Checkpoint) -> TrainingData:

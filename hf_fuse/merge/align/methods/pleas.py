@@ -10,7 +10,9 @@ import math
 from typing import Annotated, Any, Literal
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor
+from transformers import AutoConfig
 
 from hf_fuse.checkpoint.reader import text_part
 from hf_fuse.errors import RecipeError
@@ -21,7 +23,7 @@ from hf_fuse.merge.align.maps import carried, read_fp32
 from hf_fuse.merge.align.methods.activation_matching import activation_matching
 from hf_fuse.merge.align.methods.weight_matching import weight_matching
 from hf_fuse.merge.align.pair import Pair, same_ends
-from hf_fuse.merge.align.partial_merge import Split, Splits, merged_shape, partial_merge, split
+from hf_fuse.merge.align.partial_merge import Split, merged_shape, partial_merge, split
 from hf_fuse.merge.align.spaces import BOUND, Heads
 from hf_fuse.registry import Between
 
@@ -47,6 +49,15 @@ def check(pair: Pair, *, width: float, head_width: float, **_: object) -> None:
             f"parameters: head_width is {head_width:g}, but in {pair.reference.architecture} the heads share out the "
             "width of the residual stream. Leave it at 0."
         )
+    wanted = _config(pair, width, head_width)
+    try:
+        type(AutoConfig.for_model(pair.reference.config["model_type"])).from_dict(pair.reference.config | wanted)
+    except (ValueError, TypeError, StrictDataclassError) as error:
+        reason = str(error).strip().split("\n")[-1].strip().removeprefix("ValueError: ").rstrip(".")
+        raise RecipeError(
+            f"parameters: {pair.reference.architecture} can't have these widths ({reason}). Choose another "
+            f"{'head_width' if head_width else 'width'}, such as {'1 or 0' if head_width else '0'}."
+        ) from None
 
 
 def pleas(
@@ -100,8 +111,8 @@ def pleas(
         return better[name] if name in better else merged(name)
 
     shapes = {name: merged_shape(pair.reference.tensors[name].shape, one, splits) for name, one in axes.items()}
-    config = _config(pair, splits)
-    return Alignment(found.maps, found.measure, found.groups, Fused(make, shapes, config), difference, facts)
+    fused = Fused(make, shapes, _config(pair, width, head_width))
+    return Alignment(found.maps, found.measure, found.groups, fused, difference, facts)
 
 
 def _splits(pair: Pair, width: float, head_width: float) -> dict[str, Split]:
@@ -134,15 +145,16 @@ def _units(groups: Split, heads: Heads, word: str) -> Split:
     return Split(all_of(groups.merged), all_of(groups.apart))
 
 
-def _config(pair: Pair, splits: Splits) -> dict[str, Any]:
-    family, changed = pair.spaces[1].family, {}
-    for space, one in splits.items():
-        if space.endswith("inner"):
-            changed[family.width] = one.size
-        elif space.endswith("mixed"):
-            heads = pair.spaces[1].heads[space.removesuffix("mixed")]
-            changed[family.heads] = one.size // heads.size
-            if family.key_heads:
-                changed[family.key_heads] = changed[family.heads] // heads.per_group
-                changed["head_dim"] = heads.size
+def _config(pair: Pair, width: float, head_width: float) -> dict[str, Any]:
+    """Keys of ``config.json`` that say how wide the merged model is."""
+    spaces, changed = pair.spaces[1], {}
+    if width:
+        inner = next(size for space, size in spaces.sizes.items() if space.endswith("inner"))
+        changed[spaces.family.width] = inner + round(width * inner)
+    if head_width:
+        heads = next(iter(spaces.heads.values()))
+        groups = heads.groups + round(head_width * heads.groups)
+        changed[spaces.family.heads] = groups * heads.per_group
+        if spaces.family.key_heads:
+            changed |= {spaces.family.key_heads: groups, "head_dim": heads.size}
     return changed
