@@ -1,6 +1,6 @@
 """Tiny image classifiers, and objectives that attach something to the training, in different layouts.
 
-``torchrun attached_cases.py FOLDER CASE:BATCH:ACCUMULATION ...`` trains some; it writes what ``training_cases.py`` does.
+``torchrun attached_cases.py FOLDER CASE:BATCH:ACCUMULATION ...`` trains some and writes what ``training_cases.py`` does.
 """
 
 from __future__ import annotations
@@ -69,7 +69,7 @@ def make_trainer(case: str, output: Path, batch: int, accumulation: int, **chang
         model,
         DistillConfig(**three_steps(output, batch, accumulation) | settings),
         train_dataset=data,
-        eval_dataset=data[:5],
+        eval_dataset=images(5) if not is_language else data[:5],
         data_collator=padded if is_language else None,
         **own,
     )

@@ -99,3 +99,14 @@ def check_whole(trainer: Any, where: str) -> None:
         raise FuseError(
             f"{where}: needs the student's parameters whole on each process; FSDP and DeepSpeed split them."
         )
+
+
+def check_start(trainer: Any, where: str, epoch: int) -> None:
+    """Refuses a first epoch that the training doesn't reach.
+
+    Raises:
+        FuseError: it has too few.
+    """
+    epochs = trainer.args.num_train_epochs
+    if trainer.args.max_steps <= 0 and epochs <= epoch:
+        raise FuseError(f"{where}: counts from epoch {epoch} on, but there are {epochs:g}. Lower start_epoch (or gap).")

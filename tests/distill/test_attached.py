@@ -309,6 +309,9 @@ def test_names_options_and_refusals(tmp_path):
             make_trainer(case, tmp_path, 8, 1, **changes)
 
     refused("too large. Use mesa", "saf", model=llama)
+    refused("counts from epoch 5 on, but there are 3", "saf", objectives={"saf": 0.3}, max_steps=-1)
+    refused("counts from epoch 3 on", "mesa", objectives={"mesa": {"start_epoch": 3}}, max_steps=-1)
+    refused("needs a training set that has a length", "saf", data=iter(images()))
     for case in ("sla", "lsskd"):
         refused("turns images; BertForSequenceClassification", case, model=bert, data=classes_data())
     refused("tgeo: needs a teacher", "tgeo", teacher=lambda: None)

@@ -6,7 +6,7 @@ from typing import Annotated, Any
 
 from torch import Tensor, nn
 
-from hf_fuse.distill.earlier_self import EarlierSelf, Following, check_whole
+from hf_fuse.distill.earlier_self import EarlierSelf, Following, check_start, check_whole
 from hf_fuse.distill.methods.forward_kl import forward_kl
 from hf_fuse.registry import Between
 
@@ -36,6 +36,7 @@ class mesa(nn.Module):
 
     def attach(self, trainer: Any) -> None:
         check_whole(trainer, "objectives.mesa")
+        check_start(trainer, "objectives.mesa", self.start_epoch)
         self._trainer = trainer
         self.average = EarlierSelf(trainer.student)
         trainer.add_callback(Following([(self.average, trainer.student)], self.decay))

@@ -7,6 +7,7 @@ from typing import Annotated, Any
 import torch
 from torch import Tensor, nn
 
+from hf_fuse.distill.earlier_self import check_start
 from hf_fuse.distill.methods.forward_kl import forward_kl
 from hf_fuse.errors import FuseError
 from hf_fuse.losses._sample_table import SampleTable
@@ -40,10 +41,15 @@ class saf(nn.Module):
     def prepare(self, model: nn.Module, train_dataset: Any) -> None:
         if model.get_output_embeddings() is not None:
             raise FuseError("objectives.saf: the history of a language model's logits is too large. Use mesa.")
+        if not hasattr(train_dataset, "__len__"):
+            raise FuseError("objectives.saf: remembers each sample, so it needs a training set that has a length.")
         slots = self.gap + 1
         self.past = SampleTable(len(train_dataset), slots, model.config.num_labels, dtype=torch.float16)
         # With the number of its epoch, from 1 on: a slot may hold an older one, or none.
         self.epochs = SampleTable(len(train_dataset), slots, dtype=torch.int32)
+
+    def attach(self, trainer: Any) -> None:
+        check_start(trainer, "objectives.saf", max(self.start_epoch, self.gap))
 
     def forward(self, logits_NC: Tensor, labels_N: Tensor, sample_ids_B: Tensor, epoch: float) -> Tensor:
         """
