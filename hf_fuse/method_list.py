@@ -24,6 +24,7 @@ TITLES = {
     "compress": "compress: one model made smaller (hf-fuse compress)",
     "losses": "losses: objectives of a training (hf-fuse train, FuseTrainer)",
     "distill": "distill: losses against a teacher (DistillTrainer)",
+    "attached": "attached: distillation with heads, peers, views or histories (DistillTrainer)",
     "data": "data: choice of training texts (hf-fuse select)",
     "decode": "decode: several models behind one stream of tokens (hf-fuse generate)",
 }
@@ -215,5 +216,5 @@ def _objective(facts: dict[str, Any], _: Method) -> str:
 
 RECIPES: dict[str, Callable[[dict[str, Any], Method], str]] = {
     "merge": _merge_recipe, "post": _merge_recipe, "compress": _compress_recipe, "learn": _learn_recipe,
-    "losses": _objective, "distill": _objective,
+    "losses": _objective, "distill": _objective, "attached": _objective,
 }  # fmt: skip
