@@ -112,11 +112,12 @@ class FusedModels(nn.Module, GenerationMixin):
         given |= {"use_cache": past_key_values is not None, "logits_to_keep": logits_to_keep, **kwargs}
         logits = []
         for number, model in enumerate(self.models):
-            own = {name: value for name, value in given.items() if name in self.accepted[number]}
+            own = {name: _on(model, value) for name, value in given.items() if name in self.accepted[number]}
+            own["return_dict"] = True
             if past_key_values is not None:
                 own["past_key_values"] = past_key_values.caches[number]
             with self.contexts[number]():
-                outputs = model(**{name: _on(model, value) for name, value in own.items()}, return_dict=True)
+                outputs = model(**own)
             if past_key_values is not None:
                 past_key_values.caches[number] = outputs.past_key_values
             if number == 0:

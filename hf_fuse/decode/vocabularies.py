@@ -33,7 +33,7 @@ def check_decoder(model: nn.Module) -> None:
         FuseError: no causal language model with a key-value cache, or one with learned tokens before the prompt.
     """
     plain = plain_model(model)
-    if not hasattr(plain, "generate") or plain.config.is_encoder_decoder:
+    if plain.config.is_encoder_decoder or not plain.can_generate():
         raise FuseError(f"{named(model)}: is a {type(plain).__name__}. Expected a decoder-only language model.")
     if "past_key_values" not in inspect.signature(plain.forward).parameters:
         raise FuseError(
@@ -64,7 +64,7 @@ def shared_vocabulary(models: Sequence[nn.Module]) -> int:
         if difference := first_difference(tokenizer, other):
             raise FuseError(
                 f"{named(model)}: has another tokenizer than {named(first)} ({difference}), so their token ids mean "
-                "different text. Fuse models of one family."
+                "different text. Fuse models of one family, or an ensemble with align: min_ed."
             )
         if len(tokenizer) > min(sizes):
             small = distinct[sizes.index(min(sizes))]

@@ -10,7 +10,9 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from hf_fuse.decode.completions import tokenizer_beside
 from hf_fuse.decode.fused_models import FusedModels
+from hf_fuse.decode.vocabularies import first_difference, named
 from hf_fuse.errors import RecipeError
 from hf_fuse.registry import PerModel
 
@@ -20,14 +22,18 @@ def ensemble(
     *,
     mode: Literal["linear", "geometric"] = "linear",
     weights: PerModel | None = None,
+    align: Literal["none", "exact", "min_ed"] = "none",
 ) -> FusedModels:
     """Models that predict each token together.
 
     Args:
-        models: with one tokenizer; the first one's configuration counts.
+        models: the first one's configuration and tokenizer count.
         mode: ``linear``: what one of the models finds likely stays likely; ``geometric``: a token needs the consent of
             all.
         weights: of the models, scaled to sum to 1; equal by default.
+        align: what to do with models that have another tokenizer than the first, in ``linear`` mode: refuse them;
+            let them speak for the tokens that have the ``exact`` same text; or, where there is none, also for the
+            nearest by edit distance (``min_ed``).
 
     Raises:
         FuseError: different tokenizers, or not one weight >= 0 per model.
@@ -35,8 +41,25 @@ def ensemble(
     weights = [1.0] * len(models) if weights is None else list(weights)
     if len(weights) != len(models) or min(weights) < 0 or not 0 < sum(weights) < float("inf"):
         raise RecipeError(f"weights: got {weights}, expected {len(models)} numbers >= 0, one per model, not all 0.")
+    if align != "none":
+        models = _translated(models, mode, align)
     shares = [weight / sum(weights) for weight in weights]
     return FusedModels(models, partial(mean_prediction, shares=shares, mode=mode))
+
+
+def _translated(models: Sequence[nn.Module], mode: str, align: str) -> list[nn.Module]:
+    from hf_fuse.decode.translated_model import TranslatedModel
+
+    if mode != "linear":
+        raise RecipeError(
+            f"align: only for linear ensembles. In a {mode} one, a token without a partner has no chance."
+        )
+    tokenizers = [tokenizer_beside(model, named(model)) for model in models]
+    pairs = list(zip(models, tokenizers))
+    return [
+        TranslatedModel(model, tokenizer, *pairs[0], align) if first_difference(tokenizers[0], tokenizer) else model
+        for model, tokenizer in pairs
+    ]
 
 
 def mean_prediction(logits: Sequence[Tensor], shares: Sequence[float], mode: str) -> Tensor:
