@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -33,6 +34,16 @@ def count(inputs: dict[str, Any], device: torch.device, *, shifted: bool) -> Ten
     elif isinstance(ids, Tensor):
         tokens = ids.numel()
     return torch.stack([torch.as_tensor(number, device=device) for number in (predictions, samples, tokens)])
+
+
+def count_of_column(values: Any, device: torch.device, *, shifted: bool) -> Tensor:
+    """How many entries of a column count: those that are neither NaN nor ``IGNORED``; of a batch its predictions."""
+    if isinstance(values, Mapping):
+        return count(values, device, shifted=shifted)[UNITS.index(PREDICTIONS)]
+    if not isinstance(values, Tensor):
+        return torch.zeros((), dtype=torch.long, device=device)
+    counted = ~values.isnan() if values.is_floating_point() else values.ne(IGNORED)
+    return counted.sum().to(device)
 
 
 def labels_of(inputs: dict[str, Any], *, shifted: bool) -> tuple[Any, bool]:

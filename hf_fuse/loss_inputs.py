@@ -28,10 +28,23 @@ FROM_MODEL = {
     "features": "(N, D), one vector per sample: what the classifier takes, else the mean of the last hidden state",
     "second_features": "(N, D), the same from a second forward pass",
     "attentions": "tuple of (B, heads, T, T), with attn_implementation='eager'",
+    "attention": "(B, heads, T, T) of one layer, another one each step, with attn_implementation='eager'",
     "router_logits": "tuple of (B * T, E) or (B, T, E), one per router",
     "router_weights": "tuple of the same shapes, 0 where an expert was not chosen",
 }
 FROM_TRAINER = {
+    "head": "(C, D), weights of the classifier of whole samples",
+    "head_bias": "(C,), its bias, if it has one",
+    "logits_at": "a function from a move of the inputs' points (pixels, word embeddings) to logits (N, C)",
+    "features_at": "a function from such a move to features (N, D)",
+    "partner_labels": "(N,), labels of the samples that are mixed into these (mixup_alpha)",
+    "shares": "(N,), what each sample keeps of itself in the mix",
+    "replay_logits": "(N, C), predictions for a batch of replay_dataset that have a label",
+    "replay_labels": "(N,), their labels",
+    "old_features": "(N, D), features of old_model for the same samples",
+    "old_head": "(C, D), weights of old_model's classifier",
+    "old_bias": "(C,), its bias, if it has one",
+    "old_class_means": "(C, D), old_model's mean features of each class of the training set, NaN for absent classes",
     "class_counts": "(C,), how often each label occurs in the training set",
     "progress": "share of the training that is done, 0 to 1",
     "epoch": "number of epochs that are done, with a fraction",
@@ -138,7 +151,7 @@ def check_needs(objective: Objective, model: nn.Module, dataset: Any, extra: fro
     parameters = inspect.signature(model.forward).parameters.values()
     if needed & FROM_MODEL.keys() and config is None:
         raise FuseError(f"{where}: needs the outputs of a transformers model, but {kind} has no config.")
-    if "attentions" in needed and getattr(config, "_attn_implementation", "eager") != "eager":
+    if needed & {"attentions", "attention"} and getattr(config, "_attn_implementation", "eager") != "eager":
         raise FuseError(
             f"{where}: needs attention matrices, which {config._attn_implementation!r} attention never makes. Load the "
             "model with attn_implementation='eager'."

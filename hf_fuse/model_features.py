@@ -91,3 +91,9 @@ def _classified_tokens(model: nn.Module, inputs: dict[str, Any], taken_BTD: Tens
     place_T = torch.arange(ids_BT.shape[1], device=ids_BT.device)
     # Prompt tuning puts tokens in front that have no ids.
     return (place_T * (ids_BT != padding)).argmax(-1).to(taken_BTD.device) + length - ids_BT.shape[1]
+
+
+def feature_size(model: nn.Module) -> int:
+    """D of :func:`sample_features`."""
+    classifier = classifier_of(model)
+    return classifier.in_features if classifier is not None else model.config.get_text_config().hidden_size

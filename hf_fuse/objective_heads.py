@@ -16,16 +16,16 @@ from hf_fuse.objectives import Objective
 def prepare(
     objectives: list[Objective], model: nn.Module, train_dataset: Any, *, seed: int, device: torch.device
 ) -> None:
-    """Lets losses with state make what depends on the model and the data: heads, and tables of a row per sample.
+    """Lets losses make what depends on the model and the data: heads, and tables of a row per sample.
 
     The same on every process: they start from ``seed``, and random numbers elsewhere stay what they were.
     """
-    for objective in objectives:
-        if hasattr(objective.loss, "prepare"):
+    for loss in (objective.loss for objective in objectives if isinstance(objective.loss, nn.Module)):
+        if hasattr(loss, "prepare"):
             with torch.random.fork_rng(devices=[]):
                 torch.manual_seed(seed)
-                objective.loss.prepare(model, train_dataset)
-        objective.loss.to(device)
+                loss.prepare(model, train_dataset)
+        loss.to(device)
 
 
 def trained_parameters(objectives: list[Objective], accelerator: Accelerator) -> list[nn.Parameter]:

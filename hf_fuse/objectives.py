@@ -27,9 +27,10 @@ from torch import Tensor, nn
 from hf_fuse import registry
 from hf_fuse.batch_counts import PREDICTIONS, SAMPLES, TOKENS, UNITS
 from hf_fuse.errors import CheckpointError, RecipeError
+from hf_fuse.replay import REPLAY
 
 TASK = "task"
-SHAPES = ("linear", "cosine")
+SHAPES = ("linear", "cosine", "quadratic")
 STATE_FILE = "objective_states_{}.safetensors"
 
 
@@ -42,7 +43,7 @@ class Schedule:
         end: weight from ``until`` on.
         after: a share of the training (a float in [0, 1]) or an optimizer step (an integer).
         until: likewise.
-        shape: ``linear``, or ``cosine``: half a cosine, flat at both ends.
+        shape: ``linear``; ``cosine``: half a cosine, flat at both ends; ``quadratic``: slow first.
     """
 
     start: float
@@ -61,6 +62,8 @@ class Schedule:
         done = min(max((step - first) / (last - first), 0.0), 1.0) if last > first else float(step >= first)
         if self.shape == "cosine":
             done = 0.5 - 0.5 * math.cos(math.pi * done)
+        elif self.shape == "quadratic":
+            done = done**2
         return self.start + done * (self.end - self.start)
 
 
@@ -86,7 +89,8 @@ class Objective:
 
     @property
     def stateful(self) -> bool:
-        return isinstance(self.loss, nn.Module)
+        """Whether the loss has buffers or layers."""
+        return isinstance(self.loss, nn.Module) and bool(self.loss.state_dict())
 
     @property
     def required(self) -> set[str]:
@@ -149,11 +153,14 @@ def _objective(name: str, weight: Schedule, options: Mapping[str, Any], kinds: S
             "train_dataset), which is called with the same random numbers on every process."
         )
     needs, optional = _needs(loss.forward if isinstance(loss, nn.Module) else method.function)
-    names = needs.values()
+    names = {*needs.values()}
     default = PREDICTIONS if "labels" in names else TOKENS if "attention_mask" in names else SAMPLES
     mean_over = getattr(method.module, "MEAN_OVER", default)
-    if mean_over not in UNITS:
-        raise RecipeError(f"{method.module.__name__}: MEAN_OVER is {mean_over!r}, expected one of {', '.join(UNITS)}.")
+    if mean_over not in {*UNITS, REPLAY, *names}:
+        raise RecipeError(
+            f"{method.module.__name__}: MEAN_OVER is {mean_over!r}, expected {', '.join(UNITS)}, {REPLAY}, or a column "
+            "that the loss needs."
+        )
     return Objective(name, weight, loss, needs, optional, mean_over)
 
 

@@ -10,8 +10,7 @@ from __future__ import annotations
 
 import inspect
 import logging
-from collections.abc import Iterator
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
@@ -22,8 +21,20 @@ from transformers import Trainer
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.trainer_utils import EvalLoopOutput
 
-from hf_fuse.batch_counts import IGNORED, PREDICTIONS, TOKENS, UNITS, count, labels_of, masked, repeated_samples
+from hf_fuse.batch_counts import (
+    IGNORED,
+    PREDICTIONS,
+    TOKENS,
+    UNITS,
+    count,
+    count_of_column,
+    labels_of,
+    masked,
+    repeated_samples,
+)
 from hf_fuse.errors import FuseError
+from hf_fuse.extra_passes import ONLY_IN_TRAINING, ExtraPasses
+from hf_fuse.input_points import PARTNERS, SHARES, drawing_partners
 from hf_fuse.loss_inputs import (
     FROM_MODEL,
     FROM_TRAINER,
@@ -37,10 +48,11 @@ from hf_fuse.loss_inputs import (
     router_choices,
     without,
 )
-from hf_fuse.model_features import classifier_inputs, of_labelled, sample_features
+from hf_fuse.model_features import of_labelled
 from hf_fuse.objective_heads import average_gradients, prepare, trained_parameters
 from hf_fuse.objectives import load_states, save_states
 from hf_fuse.renamed_weights import restore_renamed
+from hf_fuse.replay import REPLAY
 from hf_fuse.router_report import ExpertUsageChart, RouterUsage
 from hf_fuse.sample_ids import SAMPLE_IDS, keeping_sample_ids, numbered
 from hf_fuse.trainer_config import FuseConfig
@@ -72,6 +84,8 @@ class FuseTrainer(Trainer):
         model: a transformers or PEFT model.
         args: a :class:`FuseConfig`.
         peft_config: puts an adapter of this kind on ``model``.
+        old_model: for losses that need ``old_features`` and the like: a model, its folder or name. It stays frozen.
+        replay_dataset: for losses that need ``replay_logits``: rows as those of ``train_dataset``. It is cycled.
         trainer_arguments: all others of ``transformers.Trainer``: ``train_dataset``, ``eval_dataset``,
             ``processing_class``, ``data_collator``, ``compute_loss_func``, ``compute_metrics``, ``callbacks``,
             ``optimizers``...
@@ -91,6 +105,8 @@ class FuseTrainer(Trainer):
         args: FuseConfig | None = None,
         *,
         peft_config: PeftConfig | None = None,
+        old_model: nn.Module | str | None = None,
+        replay_dataset: Any = None,
         **trainer_arguments: Any,
     ) -> None:
         args = FuseConfig() if args is None else args
@@ -101,6 +117,7 @@ class FuseTrainer(Trainer):
         self.task_weight, self.objectives = args.read_objectives()
         super().__init__(model, args, **trainer_arguments)
         self._check_model()
+        self._passes = ExtraPasses(self, args.old_model if old_model is None else old_model, replay_dataset)
         if SAMPLE_IDS in self._loss_columns:
             self.data_collator = keeping_sample_ids(self.data_collator)
         self._whole_batch: Tensor | None = None
@@ -110,8 +127,8 @@ class FuseTrainer(Trainer):
             self.add_callback(ExpertUsageChart(self))
         for callback in getattr(getattr(model, "base_model", None), "trainer_callbacks", ()):
             self.add_callback(callback)
+        prepare(self.objectives, self._base, self.train_dataset, seed=args.seed, device=args.device)
         self._stateful = [objective for objective in self.objectives if objective.stateful]
-        prepare(self._stateful, self._base, self.train_dataset, seed=args.seed, device=args.device)
         self._head_parameters = trained_parameters(self._stateful, self.accelerator)
 
     def named_tensors(self, needed: set[str], model: nn.Module, inputs: dict[str, Any], outputs: Any) -> dict[str, Any]:
@@ -129,11 +146,6 @@ class FuseTrainer(Trainer):
         predicted = labels is not None and getattr(outputs, "logits", None) is not None
         if predicted and needed & {"logits", "labels", "second_logits"}:
             found["logits"], found["labels"] = kept_predictions(outputs.logits, labels, shifted=shifted)
-        if needed & {"second_logits", "second_features"}:
-            second, features = self._second_forward(needed, model, inputs)
-            found["second_features"] = of_labelled(features, labels) if features is not None else None
-            if predicted:
-                found["second_logits"], _ = kept_predictions(second.logits, labels, shifted=shifted)
         if found.get(SAMPLE_IDS) is not None:
             found[SAMPLE_IDS] = of_labelled(found[SAMPLE_IDS], labels)
         router_logits = getattr(outputs, "router_logits", None)
@@ -167,8 +179,8 @@ class FuseTrainer(Trainer):
         active = [objective for objective in self.objectives if objective.name in weights]
         needed = {name for objective in active for name in objective.needs.values()}
         asked = forward_options(needed, self._base)
-        with classifier_inputs(self._base) if "features" in needed else nullcontext([]) as seen:
-            task, router_loss, outputs = self._forward(model, self._of_model(inputs) | asked)
+        with self._passes.watching(needed, inputs) as (given, seen):
+            task, router_loss, outputs = self._forward(model, given | asked)
         if repeated_B is not None:
             # Not before: attention would have nothing to attend to.
             inputs |= masked(inputs, repeated_B, attention_mask=0)
@@ -177,10 +189,7 @@ class FuseTrainer(Trainer):
         if router_loss is not None:
             terms["aux_loss"] = (1.0, router_loss, PREDICTIONS)
         tensors = self.named_tensors(needed, model, inputs, outputs) if active else {}
-        if "features" in needed:
-            tensors["features"] = of_labelled(
-                sample_features(self._base, inputs, outputs, seen), labels_of(inputs, shifted=False)[0]
-            )
+        tensors |= self._passes.tensors(needed, model, inputs, outputs, seen)
         for objective in active:
             arguments = objective.arguments(tensors)
             if arguments is not None:
@@ -204,7 +213,7 @@ class FuseTrainer(Trainer):
         share_U = counts_U / whole_U.clamp(min=1)
         total = torch.zeros((), device=counts_U.device)
         for name, (weight, value, unit) in terms.items():
-            share = share_U[UNITS.index(unit)]
+            share = share_U[self._units.index(unit)]
             # The mean over nothing is NaN in some models; here it counts for nothing.
             value = torch.where(share > 0, value.to(share.device), 0.0)
             if len(terms) > 1:
@@ -222,7 +231,7 @@ class FuseTrainer(Trainer):
         return_outputs: bool,
     ) -> Tensor | tuple[Tensor, Any]:
         for name, (_, value, unit) in terms.items():
-            self._evaluation.add(name, value, counts_U[UNITS.index(unit)])
+            self._evaluation.add(name, value, counts_U[self._units.index(unit)])
         task = terms["task_loss"][1]
         if not return_outputs:
             return task
@@ -258,26 +267,16 @@ class FuseTrainer(Trainer):
             router_loss = outputs.aux_loss if router_loss is None else router_loss + outputs.aux_loss
         return loss, router_loss
 
-    def _second_forward(self, needed: set[str], model: nn.Module, inputs: dict[str, Any]) -> tuple[Any, Tensor | None]:
-        """Output and features (if needed) for the columns ``second_*``, or for the same inputs under other dropout."""
-        second = {name.removeprefix(SECOND): value for name, value in inputs.items() if name.startswith(SECOND)}
-        second = second or self._of_model(inputs)
-        if not getattr(self._base.config, "is_encoder_decoder", False):
-            second.pop("labels", None)
-        if "second_features" not in needed:
-            return model(**second), None
-        with classifier_inputs(self._base) as seen:
-            outputs = model(**second, **forward_options({"features"}, self._base))
-        return outputs, sample_features(self._base, second, outputs, seen)
-
     def get_train_dataloader(self) -> DataLoader:
-        dataset = self.train_dataset
+        dataset, collate = self.train_dataset, self.data_collator
         if SAMPLE_IDS in self._loss_columns:
             self.train_dataset = numbered(dataset)
+        if self.args.mixup_alpha:
+            self.data_collator = drawing_partners(collate, self.args.mixup_alpha)
         try:
             return super().get_train_dataloader()
         finally:
-            self.train_dataset = dataset
+            self.train_dataset, self.data_collator = dataset, collate
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         optimizer = super().create_optimizer(model)
@@ -302,11 +301,18 @@ class FuseTrainer(Trainer):
         batches, items = super().get_batch_samples(epoch_iterator, num_batches, device)
         if batches:
             check_columns(self.objectives, batches[0], self.extra_tensors)
+            self._add_replay(batches)
             whole_U = torch.stack([self._count(batch) for batch in batches]).sum(0)
             if self.args.average_tokens_across_devices:
                 whole_U = self.accelerator.reduce(whole_U, "sum") / self.get_tp_size()
             self._whole_batch = whole_U
         return batches, items
+
+    def _add_replay(self, batches: list[dict[str, Any]]) -> None:
+        if self._passes.replay is not None:
+            others = self._passes.replay.micro_batches(self.state.global_step, len(batches))
+            for batch, other in zip(batches, others):
+                batch[REPLAY] = other
 
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> EvalLoopOutput:
         self._evaluation.clear()
@@ -332,9 +338,9 @@ class FuseTrainer(Trainer):
         """Name -> weight of the terms to be computed now."""
         if not training:
             # Without dropout a second view is the first one, and states belong to the training.
-            two_views, stateful = {"second_logits", "second_features"}, {o.name for o in self._stateful}
-            fit = [o.name for o in self.objectives if o.name not in stateful and two_views.isdisjoint(o.needs.values())]
-            return {"task_loss": 1.0} | dict.fromkeys(fit, 1.0)
+            left_out = {o.name for o in self._stateful}
+            left_out |= {o.name for o in self.objectives if not ONLY_IN_TRAINING.isdisjoint(o.required)}
+            return {"task_loss": 1.0} | {o.name: 1.0 for o in self.objectives if o.name not in left_out}
         moment = self.state.global_step, self.state.max_steps
         weights = {objective.name: objective.weight(*moment) for objective in self.objectives}
         return {"task_loss": self.task_weight(*moment)} | {name: weight for name, weight in weights.items() if weight}
@@ -346,7 +352,23 @@ class FuseTrainer(Trainer):
         return model.get_base_model() if hasattr(model, "get_base_model") else model
 
     def _count(self, inputs: dict[str, Any]) -> Tensor:
-        return count(self._of_model(inputs), self.args.device, shifted=self._loss_shifts_labels)
+        """How many there are of each of ``_units``."""
+        counts_U = count(self._of_model(inputs), self.args.device, shifted=self._loss_shifts_labels)
+        others = [
+            count_of_column(inputs.get(name), self.args.device, shifted=self._loss_shifts_labels)
+            for name in self._units[len(UNITS) :]
+        ]
+        return torch.stack([*counts_U, *others])
+
+    @cached_property
+    def _units(self) -> tuple[str, ...]:
+        """What terms are means over: those of every batch, and columns that some losses count."""
+        return tuple(dict.fromkeys([*UNITS, *(objective.mean_over for objective in self.objectives)]))
+
+    @cached_property
+    def _model_collator(self) -> Callable[[list], dict[str, Any]]:
+        """For data that isn't trained on as such: without the columns that models don't take."""
+        return self._get_collator_with_removed_columns(self.data_collator)
 
     @cached_property
     def _averaged_processes(self) -> int:
@@ -370,7 +392,7 @@ class FuseTrainer(Trainer):
         return names - {"labels", *inspect.signature(self._base.forward).parameters}
 
     def _of_model(self, inputs: dict[str, Any]) -> dict[str, Any]:
-        columns = self._loss_columns
+        columns = self._loss_columns | {PARTNERS, SHARES, REPLAY}
         return {name: value for name, value in inputs.items() if name not in columns and not name.startswith(SECOND)}
 
     def _set_signature_columns_if_needed(self) -> None:

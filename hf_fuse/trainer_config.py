@@ -7,6 +7,7 @@ from typing import Any
 
 from transformers import TrainingArguments
 
+from hf_fuse.errors import RecipeError
 from hf_fuse.objectives import Objective, Schedule, read_objectives
 
 
@@ -27,6 +28,21 @@ class FuseConfig(TrainingArguments):
             "options of the loss}; 'task' is the weight of the task loss (1 unless given). A JSON string is read too."
         },
     )
+    old_model: str | None = field(
+        default=None,
+        metadata={"help": "Folder or name of the model to stay compatible with, for losses that ask for it."},
+    )
+    mixup_alpha: float = field(
+        default=0.0,
+        metadata={
+            "help": "Mix each training sample with another of its micro-batch, by a share from Beta(alpha, alpha). 0: "
+            "off. For decoupled_mixup, usually 0.2."
+        },
+    )
+    replay_batch_size: int | None = field(
+        default=None,
+        metadata={"help": "Samples of replay_dataset per micro-batch. Default: per_device_train_batch_size."},
+    )
     router_statistics: bool = field(
         default=True,
         metadata={"help": "Log load, entropy and dropped tokens of each router, and draw a heat map of expert usage."},
@@ -35,6 +51,10 @@ class FuseConfig(TrainingArguments):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.read_objectives()
+        if self.mixup_alpha < 0:
+            raise RecipeError(f"mixup_alpha is {self.mixup_alpha}, expected 0 (off) or more.")
+        if self.replay_batch_size is not None and self.replay_batch_size < 1:
+            raise RecipeError(f"replay_batch_size is {self.replay_batch_size}, expected 1 or more.")
 
     def read_objectives(self) -> tuple[Schedule, list[Objective]]:
         """The weight of the task loss, and the objectives."""

@@ -9,11 +9,12 @@ from pathlib import Path
 import pytest
 import training_cases
 from safetensors.torch import load_file
-from training_cases import BATCH_CASES, CASES, make_trainer, train
+from training_cases import BATCH_CASES, CASES, COMPARING_CASES, make_trainer, train
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*gradient_checkpointing.*:FutureWarning")
 # The four samples of a process one by one, or at once.
 LAYOUTS = [(case, 1, 4) for case in CASES] + [("language", 4, 1), ("classes", 4, 1)]
+COMPARING_LAYOUTS = [(case, 4, 1) for case in COMPARING_CASES]
 BATCH_LAYOUTS = [(case, 4, 1) for case in BATCH_CASES]
 
 
@@ -24,7 +25,7 @@ def two_processes(tmp_path_factory) -> Path:
     command += [
         training_cases.__file__,
         str(folder),
-        *(":".join(map(str, layout)) for layout in LAYOUTS + BATCH_LAYOUTS),
+        *(":".join(map(str, layout)) for layout in LAYOUTS + BATCH_LAYOUTS + COMPARING_LAYOUTS),
     ]
     done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
     assert done.returncode == 0, done.stderr[-4000:]
@@ -54,5 +55,13 @@ def test_losses_of_whole_micro_batches_do_not_grow_with_the_processes(
 ):
     logs, trained = train(make_trainer(case, tmp_path, batch, 2 * accumulation))
     assert logs[0]["aux_loss"] > 0.1
+    # Not the evaluation: its batches are others.
+    assert_same((logs[:3], trained), two_processes, f"{case}-{batch}-{accumulation}")
+
+
+@pytest.mark.parametrize(("case", "batch", "accumulation"), COMPARING_LAYOUTS)
+def test_losses_that_compare_samples_see_those_of_all_processes(case, batch, accumulation, two_processes, tmp_path):
+    logs, trained = train(make_trainer(case, tmp_path, 2 * batch, accumulation))
+    assert all(logs[0][name] > 0 for name in COMPARING_CASES[case]["objectives"])
     # Not the evaluation: its batches are others.
     assert_same((logs[:3], trained), two_processes, f"{case}-{batch}-{accumulation}")

@@ -37,8 +37,18 @@ def llama(**changes):
 def bert(**changes):
     """Ignores ``num_items_in_batch``, although it accepts it."""
     torch.manual_seed(0)
+    return bert_of(**changes)
+
+
+def bert_of(**changes):
     still = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0, "num_labels": 3}
     return transformers.BertForSequenceClassification(transformers.BertConfig(**ENCODER | still | changes))
+
+
+def old_bert():
+    """A model of its own, not a worse copy of :func:`bert`."""
+    torch.manual_seed(1)
+    return bert_of(num_labels=3).eval()
 
 
 def mixtral(**changes):
@@ -77,6 +87,14 @@ def classes_data(count: int = 32) -> list[dict[str, Any]]:
     ]
 
 
+def probed_data(count: int = 32) -> list[dict[str, torch.Tensor]]:
+    """Language with a number at every third token."""
+    rows = language_data(count)
+    for row in rows:
+        row["probe_targets"] = torch.where(torch.arange(len(row["labels"])) % 3 == 0, row["labels"] / 10.0, torch.nan)
+    return rows
+
+
 def padded(rows: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
     length = max(len(row["input_ids"]) for row in rows)
 
@@ -84,7 +102,8 @@ def padded(rows: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
         return torch.stack([torch.nn.functional.pad(r[name], (0, length - len(r[name])), value=filler) for r in rows])
 
     ids = column("input_ids", 0)
-    return {"input_ids": ids, "labels": column("labels", -100), "attention_mask": (ids != 0).long()}
+    probes = {"probe_targets": column("probe_targets", torch.nan)} if "probe_targets" in rows[0] else {}
+    return {"input_ids": ids, "labels": column("labels", -100), "attention_mask": (ids != 0).long()} | probes
 
 
 def summed_squares(outputs, labels, num_items_in_batch=None):
@@ -108,12 +127,40 @@ CASES: dict[str, dict[str, Any]] = {
     "mixtral": {"model": mixtral, "objectives": {"router_z": 0.5, "router_entropy": 0.2}},
     "mixlora": {"model": llama, "peft_config": mixlora, "objectives": {"router_z": 0.5}},
     "plain_classes": {"model": bert, "objectives": {}},
+    "labels": {
+        "model": bert,
+        "objectives": {
+            "decoupled_softmax": 0.3,
+            "soft_top_k": {"weight": 0.3, "k": 2},
+            "spherical_z": 0.3,
+            "nested_dropout": {"weight": 0.3, "sigma": 8.0},
+            "smooth_adversarial": {"weight": 0.3, "radius": 0.5},
+        },
+    },  # fmt: skip
+    "replayed": {
+        "model": llama,
+        "replay_dataset": language_data(7),
+        "data": probed_data,
+        "objectives": {"replay": 0.5, "probe_regression": 0.5},
+    },  # fmt: skip
+    "old": {"model": bert, "old_model": old_bert, "objectives": {"bct": 0.3, "oca": 0.1}},
     "classes": {
         "model": bert,
         "objectives": {"task": 0.5, "class_balanced": {"weight": 1.0, "beta": 0.9}, "ldam": 0.3, "dkl": 2.0},
     },
 }
 
+# Losses that compare the samples of a micro-batch, whichever processes they are on.
+COMPARING_CASES: dict[str, dict[str, Any]] = {
+    "compared": {
+        "model": bert,
+        "objectives": {
+            "info_nce": {"weight": 0.1, "symmetric": True}, "mann_whitney": 0.1, "barlow_twins": 0.01,
+            "sup_con": {"weight": 0.1, "projection": 8}, "any_loss": 0.3, "hoc": 0.1,
+        },
+        "old_model": old_bert,
+    },
+}  # fmt: skip
 # Losses that see a micro-batch as a whole: the same only where micro-batches are.
 BATCH_CASES: dict[str, dict[str, Any]] = {
     "balance": {
@@ -139,13 +186,15 @@ def three_steps(output: Path, batch: int, accumulation: int) -> dict[str, Any]:
 
 def make_trainer(case: str, output: Path, batch: int, accumulation: int, **changes: Any) -> FuseTrainer:
     """Three steps of SGD on one of the cases, in the given layout."""
-    settings = (CASES | BATCH_CASES)[case] | changes
+    settings = (CASES | BATCH_CASES | COMPARING_CASES)[case] | changes
     model, objectives = settings.pop("model")(), settings.pop("objectives")
     peft_config = settings.pop("peft_config", lambda: None)()
     is_language = isinstance(model, transformers.GenerationMixin)
     data = settings.pop("data", language_data if is_language else classes_data)()
-    names = ("compute_loss_func", "callbacks", "compute_metrics", "data_collator")
+    names = ("compute_loss_func", "callbacks", "compute_metrics", "data_collator", "replay_dataset", "old_model")
     own = {"data_collator": padded if is_language else None} | {k: settings.pop(k) for k in names if k in settings}
+    if "old_model" in own:
+        own["old_model"] = own["old_model"]()
     torch.manual_seed(0)
     args = FuseConfig(**three_steps(output, batch, accumulation) | {"objectives": objectives} | settings)
     return FuseTrainer(

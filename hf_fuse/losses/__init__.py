@@ -1,16 +1,24 @@
-"""Losses: one file, one function of the same name.
+"""Losses: one file, one function of the same name; the second paragraph of a file says when to prefer it.
 
 A loss is a pure function of named tensors that returns a scalar, computed in fp32: a mean. :class:`hf_fuse.FuseTrainer`
 weighs the means of micro-batches by how much of the whole batch they hold: predictions if the loss takes ``labels``,
-else tokens if it takes ``attention_mask``, else samples, or what the module's ``MEAN_OVER`` says. Keyword-only
+else tokens if it takes ``attention_mask``, else samples, or what the module's ``MEAN_OVER`` says: one of these,
+``replay``, or a column whose entries count unless they are NaN or -100. Keyword-only
 parameters are options; the others say what it needs, and a shape suffix (``logits_NC``) is not part of the name:
 
 - ``logits``, ``labels``: ``(N, C)`` and ``(N,)``, the predictions that have a label (for causal language models, the
   next token): padding and shifting are done;
 - ``second_logits``: ``(N, C)``, of a second forward pass;
-- ``hidden_states``, ``attentions``: tuples of ``(B, S, D)`` and ``(B, heads, S, S)``;
+- ``hidden_states``, ``attentions``: tuples of ``(B, S, D)`` and ``(B, heads, S, S)``; ``attention``: of one layer,
+  another one each step;
 - ``features``: ``(N, D)``, one vector per sample: what the classifier takes, and of models without one the mean of the
   last hidden state over the attention mask; ``second_features``: of a second forward pass;
+- ``head``, ``head_bias``: ``(C, D)`` and ``(C,)``, the classifier's own;
+- ``logits_at``, ``features_at``: functions from a move of the inputs' points (:mod:`hf_fuse.input_points`) to what
+  another forward pass gives;
+- ``old_features``, ``old_head``, ``old_bias``, ``old_class_means``: of the frozen ``old_model``;
+- ``replay_logits``, ``replay_labels``: predictions for a batch of ``replay_dataset``, as the first two;
+- ``partner_labels``, ``shares``: of the samples that are mixed in, and what each keeps of itself (``mixup_alpha``);
 - ``sample_ids``: ``(N,)``, which sample of the training set each one is, from 0 on: a column of the data, or its index;
 - ``class_counts``: ``(C,)``, of the labels in the training set; ``progress``: share of the training that is done;
   ``step`` and ``epoch``: how many are done;
@@ -29,7 +37,8 @@ there it makes layers of its own, which are trained with the model and are no pa
 with a row per sample (:class:`~hf_fuse.losses._sample_table.SampleTable`). Such losses are not evaluated.
 
 Losses that compare the samples of a batch see those of a micro-batch on all processes
-(:func:`~hf_fuse.losses._processes.gathered`). Other packages add losses through the entry point group
+(:func:`~hf_fuse.losses._processes.gathered`); they say ``IN_BATCH = True``, since splitting a batch into more
+micro-batches changes them. Other packages add losses through the entry point group
 ``hf_fuse.losses``.
 
 A mask that leaves no token gives 0, tied to the graph, and never NaN.

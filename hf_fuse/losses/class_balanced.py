@@ -1,4 +1,7 @@
-"""Class-balanced cross-entropy: rare classes weigh more, by the effective number of their samples."""
+"""Class-balanced cross-entropy: rare classes weigh more, by the effective number of their samples.
+
+For fine-tuning on imbalanced classes, at no cost; deferred re-weighting learns better features first.
+"""
 
 from __future__ import annotations
 

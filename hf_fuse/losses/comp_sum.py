@@ -1,4 +1,7 @@
-"""Comp-sum losses: the family of cross-entropy, from sum-exponential to mean absolute error, by one number."""
+"""Comp-sum losses: the family of cross-entropy, from sum-exponential to mean absolute error, by one number.
+
+With ``tau`` above 1 for data with wrong labels, which it forgives; at 1 it is cross-entropy. Same cost.
+"""
 
 from __future__ import annotations
 

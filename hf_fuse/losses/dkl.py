@@ -1,4 +1,7 @@
-"""Consistency of two views: the divergence between the predictions for them (R-Drop, LegoGCD's DKL)."""
+"""Consistency of two views: the divergence between the predictions for them (R-Drop, LegoGCD's DKL).
+
+For fine-tuning on little data with any model that has dropout, or inputs in two versions. Costs a second forward pass.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""LDAM: cross-entropy with a margin that is larger the rarer the label."""
+"""LDAM: cross-entropy with a margin that is larger the rarer the label.
+
+For fine-tuning on imbalanced classes, together with ``class_balanced`` and its deferred re-weighting.
+"""
 
 from __future__ import annotations
 

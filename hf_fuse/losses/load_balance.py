@@ -1,4 +1,7 @@
-"""Load balance of a mixture of experts: how many tokens each expert gets, times how likely the router finds it."""
+"""Load balance of a mixture of experts: how many tokens each expert gets, times how likely the router finds it.
+
+For every mixture of experts that is trained, against routers that send all tokens to a few experts.
+"""
 
 from __future__ import annotations
 
@@ -11,6 +14,7 @@ from hf_fuse.errors import FuseError
 from hf_fuse.losses._tokens import flat, token_mean
 
 PAPER = "https://arxiv.org/abs/2006.16668"
+IN_BATCH = True
 
 
 def load_balance(

@@ -1,4 +1,7 @@
-"""LoRAMoE's localized balancing: experts of one group share the load evenly, groups specialise by kind of task."""
+"""LoRAMoE's localized balancing: experts of one group share the load evenly, groups specialise by kind of task.
+
+For mixtures of experts whose groups are to serve different kinds of tasks (``delta`` above 0).
+"""
 
 from __future__ import annotations
 
@@ -11,6 +14,7 @@ from hf_fuse.errors import FuseError
 from hf_fuse.registry import Between
 
 PAPER = "https://arxiv.org/abs/2312.09979"
+IN_BATCH = True
 
 
 def localized_balance(
@@ -24,7 +28,8 @@ def localized_balance(
 
     I is ``1 + delta`` where the group of the expert fits the sample's task and ``1 - delta`` elsewhere; the first half
     of the experts is for ``task_types`` 1, the second for 0. var divides by n - 1. 0 when all experts carry the same
-    load and delta = 0. The authors' script leaves delta and the weight of this loss 0.
+    load and delta = 0. The authors' script leaves delta and the weight of this loss 0. The loss of a batch is not
+    the mean of the losses of its parts.
 
     Args:
         router_weights: per layer ``(B, S, E)``.

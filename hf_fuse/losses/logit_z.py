@@ -1,4 +1,7 @@
-"""Logit z-loss: keeps the softmax normaliser of the predictions near 1, so that logits don't drift."""
+"""Logit z-loss: keeps the softmax normaliser of the predictions near 1, so that logits don't drift.
+
+For stable training of language models in half precision, and of large vocabularies; it costs nothing.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""Keeps what a model knew while domain adapters learn (stage one of MixDA)."""
+"""Keeps what a model knew while domain adapters learn (stage one of MixDA).
+
+For adapters that learn a domain while the model's general knowledge is kept.
+"""
 
 from __future__ import annotations
 

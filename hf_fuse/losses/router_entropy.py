@@ -1,4 +1,7 @@
-"""How undecided the router is: the mean entropy of its choice, scaled to [0, 1]; DynMoLE lowers it in training."""
+"""How undecided the router is: the mean entropy of its choice, scaled to [0, 1]; DynMoLE lowers it in training.
+
+For routers that choose experts by probability mass (top-p), which stay dense if they are undecided.
+"""
 
 from __future__ import annotations
 

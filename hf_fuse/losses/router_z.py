@@ -1,4 +1,7 @@
-"""Router z-loss: keeps the router's logits small, so that rounding them matters less."""
+"""Router z-loss: keeps the router's logits small, so that rounding them matters less.
+
+For every mixture of experts in half precision; beside ``load_balance``.
+"""
 
 from __future__ import annotations
 
