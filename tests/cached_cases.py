@@ -59,7 +59,8 @@ def make_trainer(
     model = settings.pop("model", llama)()
     is_language = model.get_output_embeddings() is not None
     data = settings.pop("data", None) or (language_data() if is_language else classes_data())
-    own = {key: settings.pop(key) for key in ("processing_class", "eval_dataset", "data_collator") if key in settings}
+    own = {key: settings.pop(key) for key in ("processing_class", "eval_dataset") if key in settings}
+    own["peft_config"] = settings.pop("peft_config", lambda: None)()
     return DistillTrainer(
         model,
         DistillConfig(**three_steps(output, batch, accumulation) | settings),

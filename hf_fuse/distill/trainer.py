@@ -33,6 +33,7 @@ from hf_fuse.distill.cached_teacher import (
 )
 from hf_fuse.distill.chunked import chunked_sum
 from hf_fuse.distill.config import DistillConfig, is_distillation
+from hf_fuse.distill.head_inputs import head_inputs, of_predictions
 from hf_fuse.distill.sources import Source, narrowed
 from hf_fuse.distill.teachers import (
     BASE,
@@ -56,7 +57,7 @@ from hf_fuse.trainer import FuseTrainer
 logger = logging.getLogger(__name__)
 
 # What objectives of `distill/attached` may ask for besides.
-FURTHER = ("teacher_logits", "inputs", "model")
+FURTHER = ("teacher_logits", "head_inputs", "inputs", "model")
 
 
 class DistillTrainer(FuseTrainer):
@@ -110,6 +111,7 @@ class DistillTrainer(FuseTrainer):
         self._logits_wanted, self._head_checked = False, False
         self.peers = peers
         self._teacher_logits: Tensor | TopK | None = None
+        self._head_inputs: Tensor | None = None
         self._cached: list[dict[str, Tensor]] = []
         self._covered: dict[Any, bool] = {}
         self._evaluates_methods = True
@@ -161,6 +163,7 @@ class DistillTrainer(FuseTrainer):
         return super().named_tensors(needed, model, inputs, outputs) | {
             "distilled": self._distilled,
             "teacher_logits": self._teacher_logits,
+            "head_inputs": self._head_inputs,
             "inputs": self._of_model(inputs),
             "model": model,
         }
@@ -220,7 +223,10 @@ class DistillTrainer(FuseTrainer):
                 answers[number] = kept_predictions(each.logits(inputs), labels, shifted=shifted)[0]
         answers = [answers[number] for number in range(len(teachers))]
         self._teacher_logits = answers[0] if asking else None
-        task, router_loss, outputs = super()._forward(model, inputs)
+        below = any("head_inputs" in o.needs.values() for o in self.objectives if o.name in weights)
+        with head_inputs(self._base) if below else contextlib.nullcontext([]) as seen:
+            task, router_loss, outputs = super()._forward(model, inputs)
+        self._head_inputs = of_predictions(self._base, seen[-1], inputs, labels, shifted=shifted) if below else None
         if methods:
             student_NV, labels_N = kept_predictions(outputs.logits, labels, shifted=shifted)
             sequences_N = _sequences(labels, shifted=shifted)

@@ -4,16 +4,13 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-import torch
 from torch import Tensor, nn
-from transformers.modeling_outputs import CausalLMOutput
 
 from hf_fuse.distill.aligned_gradients import AlignedGradients
 from hf_fuse.distill.chunked import chunked_sum
+from hf_fuse.distill.head_inputs import head_of
 from hf_fuse.distill.methods.dhkd import dhkd
 from hf_fuse.distill.top_k import TopK
-from hf_fuse.errors import FuseError
-from hf_fuse.model_features import classifier_of, of_labelled, sample_features
 from hf_fuse.registry import Between
 
 PAPER = "https://arxiv.org/abs/2411.08937"
@@ -56,13 +53,9 @@ class dual_head(nn.Module):
         super().__init__()
         self.kind, self.size, self.temperature = head, size, temperature
         self.mean_over_classes, self.align_gradients = mean_over_classes, align_gradients
-        self._seen: list[Tensor] = []
 
     def prepare(self, model: nn.Module, train_dataset: Any) -> None:
-        layer = model.get_output_embeddings() or classifier_of(model)
-        if layer is None:
-            raise FuseError(f"objectives.dual_head: {type(model).__name__} has no output layer to stand beside.")
-        classes, width = layer.weight.shape
+        classes, width = head_of(model).weight.shape
         if self.kind == "linear":
             self.head = nn.Linear(width, classes)
         elif self.kind == "nonlinear":
@@ -73,31 +66,22 @@ class dual_head(nn.Module):
             self.head = nn.Sequential(nn.Linear(width, self.size, bias=False), nn.Linear(self.size, classes))
 
     def attach(self, trainer: Any) -> None:
-        self._trainer = trainer
-        layer = trainer.base.get_output_embeddings() or classifier_of(trainer.base)
-        layer.register_forward_pre_hook(self._see)
         if self.align_gradients:
             self._aligned = AlignedGradients(trainer.student, trainer.accelerator)
 
     def before_step(self) -> None:
         """Called when the gradients of a whole batch are there."""
-        self._seen = []
         if self.align_gradients:
             self._aligned.add()
 
-    def forward(
-        self, logits_NC: Tensor, teacher_logits_NC: Tensor | TopK, labels_N: Tensor, inputs: dict[str, Any]
-    ) -> Tensor:
+    def forward(self, head_inputs_ND: Tensor, teacher_logits_NC: Tensor | TopK, labels_N: Tensor) -> Tensor:
         """
         Args:
-            logits_NC: not looked at.
-            teacher_logits_NC: for the same predictions.
+            head_inputs_ND: what the student's own head took for each prediction.
+            teacher_logits_NC: of these predictions.
             labels_N: class or token ids.
-            inputs: the batch.
         """
-        hidden_ND = self._features(inputs)
-        if self.align_gradients:
-            hidden_ND = self._aligned.apart(hidden_ND)
+        hidden_ND = self._aligned.apart(head_inputs_ND) if self.align_gradients else head_inputs_ND
         given = teacher_logits_NC.tensors if isinstance(teacher_logits_NC, TopK) else (teacher_logits_NC,)
 
         def loss(hidden_ND: Tensor, labels_N: Tensor, *teacher: Tensor) -> Tensor:
@@ -111,16 +95,3 @@ class dual_head(nn.Module):
             return dhkd(auxiliary_NC, said, labels_N, **options)
 
         return chunked_sum(loss, hidden_ND, labels_N, *given, chunk_size=ROWS_OF_LOGITS) / max(len(labels_N), 1)
-
-    def _see(self, layer: nn.Module, taken: tuple[Tensor, ...]) -> None:
-        # The first of a micro-batch is the student's own pass; other objectives may run further ones.
-        if torch.is_grad_enabled() and not self._seen:
-            self._seen.append(taken[0])
-
-    def _features(self, inputs: dict[str, Any]) -> Tensor:
-        """What the student's head took for each prediction, ``(N, D)``."""
-        seen, self._seen = self._seen, []  # the graph must not outlive the step
-        base = self._trainer.base
-        if base.get_output_embeddings() is not None:
-            return self._trainer.predictions(CausalLMOutput(logits=seen[0]), inputs)[0]
-        return of_labelled(sample_features(base, inputs, None, seen), inputs["labels"])
