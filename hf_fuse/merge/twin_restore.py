@@ -50,7 +50,7 @@ def extract_twin(
     from hf_fuse.merge.plan import plan
 
     store = Path(store).expanduser().absolute()
-    facts = _read_store(store)
+    facts = read_store(store)
     for task, weight in weights.items():
         if task not in facts["tasks"]:
             raise RecipeError(f"{store}: holds no task {task!r}. Its tasks: {', '.join(sorted(facts['tasks']))}.")
@@ -82,7 +82,12 @@ def extract_twin(
         source.close()
 
 
-def _read_store(store: Path) -> dict[str, Any]:
+def read_store(store: Path) -> dict[str, Any]:
+    """The description of a store of this kind, checked.
+
+    Raises:
+        CheckpointError: no store, one of another kind, or a damaged one.
+    """
     facts = read_description(store)
     if facts.get("kind") != KIND or facts.get("format") != FORMAT:
         raise CheckpointError(
