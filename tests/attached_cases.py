@@ -1,6 +1,6 @@
 """Tiny image classifiers, and objectives that attach something to the training, in different layouts.
 
-``torchrun attached_cases.py FOLDER CASE:BATCH:ACCUMULATION ...`` trains some and writes what ``training_cases.py`` does.
+``torchrun attached_cases.py FOLDER CASE:BATCH:ACCUMULATION ...`` trains some, and writes as ``training_cases.py`` does.
 """
 
 from __future__ import annotations
@@ -58,8 +58,8 @@ CASES: dict[str, dict[str, Any]] = {
 
 
 def make_trainer(case: str, output: Path, batch: int, accumulation: int, **changes: Any) -> DistillTrainer:
-    """Six steps of SGD, three epochs of the images, in the given layout."""
-    settings = CASES[case] | {"max_steps": 6, "learning_rate": 0.05} | changes
+    """Five steps of SGD, two to an epoch of the images, in the given layout."""
+    settings = CASES[case] | {"max_steps": 5, "learning_rate": 0.05} | changes
     model = settings.pop("model", vit)()
     is_language = model.get_output_embeddings() is not None
     data = settings.pop("data", language_data(16) if is_language else images())

@@ -50,7 +50,7 @@ def test_accumulation_changes_nothing(case, tmp_path):
     assert whole[0][3][term] > 0 and f"eval_{term}" not in whole[0][-1]
 
 
-LAYOUTS = [("saf", 4, 1), ("mutual", 4, 1), ("sla", 2, 2), ("lsskd", 4, 1), ("mdcs", 4, 1), ("tgeo", 4, 1)]
+LAYOUTS = [("saf", 4, 1), ("mutual", 2, 2), ("lsskd", 4, 1), ("tgeo", 4, 1)]
 
 
 @pytest.fixture(scope="module")
@@ -79,7 +79,7 @@ def test_resuming_goes_on_and_only_the_student_is_saved(case, tmp_path):
     assert len(saved) == len(vit().state_dict())
     resumed = make_trainer(case, tmp_path, 8, 1, **settings)
     same(train(resumed, resume_from_checkpoint=str(tmp_path / "checkpoint-3")), whole)
-    last = ViTForImageClassification.from_pretrained(tmp_path / "checkpoint-6").state_dict()
+    last = ViTForImageClassification.from_pretrained(tmp_path / "checkpoint-5").state_dict()
     assert all(torch.equal(last[name], value) for name, value in whole[1].items())
 
 

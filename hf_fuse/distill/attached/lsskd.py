@@ -27,11 +27,11 @@ class lsskd(nn.Module):
     cross-entropy is the task loss. Takes 2 M passes, M of them without gradient.
 
     Args:
-        stages: number of heads.
+        stages: number of heads; at most one per layer.
         transform: ``rotation`` by quarter turns (M = 4, square images), ``colors``: orders of three channels (M = 6).
-        temperature: T.
-        stage_weight: a.
-        final_weight: b.
+        temperature: T, divides the logits in the divergences.
+        stage_weight: a, of the heads' divergences.
+        final_weight: b, of the classifier's divergence.
     """
 
     def __init__(

@@ -28,9 +28,9 @@ class mdcs(nn.Module):
     when it is saved. (In the paper experts have layers of their own.) Set the weight of ``task`` to 0.
 
     Args:
-        frequent: adjustment of the first expert.
-        all_: of the second, and
-        rare: of the third. The defaults are those for CIFAR-LT in the reference code.
+        frequent: adjustment of the first expert. The three defaults are those for CIFAR-LT in the reference code.
+        all_: adjustment of the second expert.
+        rare: adjustment of the third expert.
         consistency: weight of the divergence at the end of its ramp.
         ramp_epochs: it grows from 0 over so many epochs.
     """

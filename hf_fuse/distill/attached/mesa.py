@@ -20,7 +20,7 @@ class mesa(nn.Module):
 
     Args:
         temperature: divides both logits.
-        decay: of the average, per optimizer step. 0.9998 in the paper is for tens of thousands of steps.
+        decay: of the average, per optimizer step. The default is the paper's, for tens of thousands of steps.
         start_epoch: the first epoch that counts, 5 in the paper; the average begins at once.
     """
 

@@ -24,7 +24,7 @@ class saf(nn.Module):
 
     Args:
         temperature: divides both logits.
-        gap: epochs.
+        gap: how many epochs ago.
         start_epoch: the first epoch that counts; the history begins at once.
     """
 

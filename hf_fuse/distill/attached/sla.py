@@ -33,7 +33,7 @@ class sla(nn.Module):
 
     Args:
         transform: ``rotation`` by quarter turns (M = 4, square images), ``colors``: orders of three channels (M = 6).
-        temperature: of the divergence.
+        temperature: divides both logits of the divergence.
         sum_over_views: multiplies the joint head's cross-entropy by M, as the reference does on ImageNet.
     """
 

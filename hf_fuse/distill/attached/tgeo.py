@@ -45,12 +45,12 @@ class tgeo(nn.Module):
     probabilities and entropies per prediction.
 
     Args:
-        temperature: T.
-        update_every: optimizer steps between two of the controller.
+        temperature: T, divides both logits of the divergence.
+        update_every: optimizer steps of the student between two of the controller.
         held_out: share of the training set that is kept from training, for validation.
         learning_rate: of the controller's AdamW. The reference's 0.1 was never put to the test.
-        weight_decay: likewise.
-        mean_momentum: of the teacher's mean for each class, which moves once per optimizer step.
+        weight_decay: of the same AdamW.
+        mean_momentum: how much of the teacher's mean for a class stays at an optimizer step.
     """
 
     def __init__(
