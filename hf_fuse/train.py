@@ -151,6 +151,13 @@ def _run(setup: Setup, folder: Path, checkpoint: Path | None, *, lead: bool, ove
 
     from hf_fuse.trainer import FuseTrainer
 
+    kind, more = FuseTrainer, {}
+    if setup.recipe.distils:
+        from hf_fuse.distill.trainer import DistillTrainer
+
+        from hf_fuse.distill.open_sources import open_sources
+
+        kind, more = DistillTrainer, {"teacher": [*(setup.recipe.teacher or []), *open_sources(setup)]}
     with contextlib.ExitStack() as stack:
         partial = leftovers(folder)[0]
         if lead:
@@ -163,10 +170,10 @@ def _run(setup: Setup, folder: Path, checkpoint: Path | None, *, lead: bool, ove
         model = setup.load_model()
         # Of no use here, and with a cache transformers would take the texts of a packed row for one.
         uses_cache, model.config.use_cache = getattr(model.config, "use_cache", None), False
-        trainer = FuseTrainer(
+        trainer = kind(
             model=model, args=setup.arguments, train_dataset=setup.data.train, eval_dataset=setup.data.eval,
             data_collator=setup.data.collator, processing_class=setup.processor, callbacks=[_progress()],
-            compute_metrics=class_scores if setup.data.format == "classification" else None,
+            compute_metrics=class_scores if setup.data.format == "classification" else None, **more,
         )  # fmt: skip
         for callback in (transformers.ProgressCallback, transformers.PrinterCallback):
             trainer.remove_callback(callback)

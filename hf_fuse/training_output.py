@@ -28,7 +28,7 @@ CHECKPOINT = re.compile(r"checkpoint-(\d+)")
 STATE = "trainer_state.json"  # the last file of a checkpoint: where it is, the checkpoint is complete
 RESULTS = "train_results.json"
 # What decides which numbers are trained: a run can't go on with others. `train` may change (more epochs).
-FIXED = ("model", "adapter", "data")
+FIXED = ("model", "adapter", "data", "teacher", "sources")
 
 
 def newest_checkpoint(folder: Path) -> Path | None:
@@ -114,6 +114,8 @@ def write_card(setup: Setup, folder: Path, results: dict[str, float]) -> None:
     method = adapter["peft_type"].lower() if adapter else "full fine-tuning"
     what = f"An adapter of the kind {method}" if adapter else "The whole model"
     facts = ", ".join(f"{value:,} {name}" for name, value in setup.data.facts.items())
+    if recipe.teacher:
+        facts += f", learning from {', '.join(Path(name).name for name in recipe.teacher)} too"
     info: dict[str, Any] = {
         "title": Path(recipe.output).name,
         "method": method,
@@ -161,7 +163,9 @@ def _without_paths(recipe: TrainingRecipe) -> TrainingRecipe:
     model = recipe.model.model_copy(update={"path": last(recipe.model.path)})
     if model.adapter:
         model = model.model_copy(update={"adapter": last(model.adapter)})
-    return recipe.model_copy(update={"model": model, "data": data})
+    teacher = recipe.teacher and [last(name) for name in recipe.teacher]
+    sources = recipe.sources and [s.model_copy(update={"path": last(s.path)}) for s in recipe.sources]
+    return recipe.model_copy(update={"model": model, "data": data, "teacher": teacher, "sources": sources})
 
 
 def _resolved(setup: Setup) -> TrainingRecipe:

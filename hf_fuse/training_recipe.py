@@ -1,7 +1,8 @@
 """A training recipe: which model, with which adapter, on which data. Unknown keys are errors with the nearest name.
 
 The keys of ``adapter`` are those of the method's PEFT config, the keys of ``train`` those of
-:class:`hf_fuse.trainer.FuseConfig` (TrainingArguments and a few more), all under their own names.
+:class:`hf_fuse.FuseConfig` (TrainingArguments and a few more), or :class:`hf_fuse.DistillConfig` where there is
+something to distil, all under their own names.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from pydantic import (
 
 from hf_fuse.errors import RecipeError
 from hf_fuse.recipe import ModelRef, PushEntry, _split_reference, explain, read_mapping
-from hf_fuse.registry import nearest
+from hf_fuse.registry import names, nearest
 
 if typing.TYPE_CHECKING:
     from peft import PeftConfig
@@ -76,6 +77,21 @@ class DataSource(_Strict):
     columns: dict[str, str] = Field(default_factory=dict)
 
 
+class SourceEntry(_Strict):
+    """A teacher that reads the rows with a tokenizer, or a chat template, of its own: a model, or a cache of one that
+    ``hf-fuse teach`` has made of the same data. The options are those of
+    :class:`~hf_fuse.distill.aligned_teacher.AlignedTeacher`."""
+
+    path: str
+    revision: str | None = None
+    tokenizer: str | None = None  # folder or Hub id, where it doesn't lie beside the model
+    chat_template: str | None = None
+    k: int = Field(default=16, ge=1)  # tokens kept of each prediction; a cache has its own
+    vocabulary: Literal["exact", "min_ed", "statistical"] = "min_ed"
+    align: Literal["boundaries", "dtw", "dtw_suffix"] = "boundaries"
+    collisions: Literal["sum", "first"] = "sum"
+
+
 def _sources(value: Any) -> Any:
     entries = value if isinstance(value, list) else [value]
     return [{"path": entry} if isinstance(entry, str) else entry for entry in entries]
@@ -111,6 +127,10 @@ class TrainingRecipe(_Strict):
         None
     )
     data: Annotated[DataEntry, BeforeValidator(lambda v: {"train": v} if isinstance(v, (str, list)) else v)]
+    # To learn from: caches that hf-fuse teach has made, models, or base (the model without its adapter).
+    teacher: Annotated[list[str] | None, BeforeValidator(lambda v: [v] if isinstance(v, str) else v)] = None
+    # To learn from as well: teachers with other tokenizers.
+    sources: Annotated[list[SourceEntry] | None, BeforeValidator(lambda v: v if v is None else _sources(v))] = None
     train: dict[str, Any] = Field(default_factory=dict)
     output: str | None = None
     push: Annotated[PushEntry | None, BeforeValidator(lambda v: {"repo": v} if isinstance(v, str) else v)] = None
@@ -128,6 +148,13 @@ class TrainingRecipe(_Strict):
     @property
     def trains_adapter(self) -> bool:
         return bool(self.adapter or self.model.adapter)
+
+    @property
+    def distils(self) -> bool:
+        """Whether a DistillTrainer is needed: there is a teacher, or an objective that only that trainer knows."""
+        objectives = self.train.get("objectives")
+        known = {*names("distill"), *names("attached")}
+        return bool(self.teacher or self.sources) or (isinstance(objectives, dict) and not known.isdisjoint(objectives))
 
 
 def load_training_recipe(
@@ -174,19 +201,25 @@ def adapter_config(entry: AdapterEntry, task_type: str | None) -> PeftConfig:
     return _built(known[name], options, "adapter", hidden=("peft_type", "auto_mapping", "inference_mode"))
 
 
-def training_config(options: dict[str, Any], output_dir: str | Path, **defaults: Any) -> Any:
+def training_config(
+    options: dict[str, Any], output_dir: str | Path, *, distilled: bool = False, **defaults: Any
+) -> Any:
     """The FuseConfig of the section ``train``; ``defaults`` count where the section is silent.
+
+    Args:
+        distilled: a DistillConfig instead.
 
     Raises:
         RecipeError: unknown key (with the nearest name), a wrong type, or values that the config refuses.
     """
+    from hf_fuse.distill.config import DistillConfig
     from hf_fuse.trainer import FuseConfig
 
     for key, advice in ELSEWHERE.items():
         if key in options:
             raise RecipeError(f"train: {key} can't be set here: {advice}.")
     managed = {"output_dir": str(output_dir), "remove_unused_columns": False}
-    return _built(FuseConfig, {**defaults, **options, **managed}, "train")
+    return _built(DistillConfig if distilled else FuseConfig, {**defaults, **options, **managed}, "train")
 
 
 def _training_keys() -> list[str]:

@@ -137,7 +137,7 @@ def prepare(recipe: TrainingRecipe, output_dir: Path) -> Setup:
     defaults: dict[str, Any] = {"disable_tqdm": True, "use_cpu": not torch.accelerator.is_available()}
     if recipe.data.eval or recipe.data.eval_fraction:
         defaults["eval_strategy"] = "epoch"
-    arguments = training_config(recipe.train, output_dir, **defaults)
+    arguments = training_config(recipe.train, output_dir, distilled=recipe.distils, **defaults)
     rows = read_rows(recipe.data)
     kind = "images" if rows.has_images else "classification" if rows.format == "classification" else "text"
     if recipe.data.packing and arguments.use_cache:
@@ -165,6 +165,7 @@ def prepare(recipe: TrainingRecipe, output_dir: Path) -> Setup:
         setup.new_head = set_classes(setup.config, rows)
     _encode(setup, rows)
     _try_adapter(setup)
+    _check_caches(setup)
     return setup
 
 
@@ -229,10 +230,26 @@ def _try_adapter(setup: Setup) -> None:
             return  # an adapter that starts from the weights themselves can't be tried without them
     if not setup.adapter_folder:
         base = model.get_base_model() if setup.adapter else model
+        extra = frozenset()
+        if setup.recipe.distils:
+            from hf_fuse.distill.trainer import DistillTrainer
+
+            extra = DistillTrainer.extra_tensors
         for objective in setup.arguments.read_objectives()[1]:
-            check_needs(objective, base, setup.data.train, frozenset())
+            check_needs(objective, base, setup.data.train, extra)
         counts = [(parameter.numel(), parameter.requires_grad) for parameter in model.parameters()]
         setup.trainable = sum(count for count, trained in counts if trained), sum(count for count, _ in counts)
+
+
+def _check_caches(setup: Setup) -> None:
+    from hf_fuse.distill.cache import TeacherCache, is_cache
+    from hf_fuse.distill.cached_teacher import CachedTeacher, check_tokenizer
+
+    for folder in filter(is_cache, setup.recipe.teacher or ()):
+        teacher = CachedTeacher(TeacherCache(folder))
+        if setup.kind != "text":
+            raise RecipeError(f"teacher: {folder} is a cache of predictions in texts, but the data holds classes.")
+        check_tokenizer(teacher, setup.processor, setup.config.get_text_config().vocab_size)
 
 
 def _heads(model: PreTrainedModel) -> list[str]:

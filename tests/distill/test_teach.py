@@ -4,6 +4,8 @@ import json
 
 import pytest
 import torch
+from safetensors.torch import load_file
+from tiny_models import save_tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 import hf_fuse
@@ -33,7 +35,11 @@ def home(tmp_path_factory):
         for parameter in model.parameters():
             parameter.add_(0.3 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1)))
     model.save_pretrained(folder / "teacher")
-    tokenizer.save_pretrained(folder / "teacher")
+    new_model(SIZE, tokenizer, 1).save_pretrained(folder / "student")
+    for name in ("teacher", "student"):
+        tokenizer.save_pretrained(folder / name)
+    new_model(SIZE, tokenizer, 1).save_pretrained(folder / "words")
+    save_tokenizer(folder / "words")
     _, docs, _ = stdlib_domains(source_characters=50_000)
     words = "".join(docs.train)
     texts = [words[150 * number :][:length] for number, length in enumerate((31, 100, 60, 35, 32, 70))]
@@ -243,6 +249,66 @@ def test_answers_without_an_end_are_left_out(home, tmp_path):
     with pytest.raises(FuseError, match="ended none of its answers within 1 tokens"):
         teach(recipe, tmp_path / "answers")
     assert not (tmp_path / "answers").exists()
+
+
+# ---- training recipes that learn from it
+
+
+def student_recipe(home, teacher, data="completions", **settings):
+    objectives = {"objectives": {"task": 0.5, "forward_kl": 0.5}}
+    fast = {"max_steps": 2, "use_cpu": True, "per_device_train_batch_size": 6, "save_strategy": "no", "seed": 1}
+    data = data if isinstance(data, dict) else {"train": str(home / f"{data}.jsonl")}
+    return {"model": str(home / "student"), "data": data, "teacher": teacher, "train": fast | objectives | settings}
+
+
+def test_a_recipe_that_learns_from_a_cache_trains_as_with_the_teacher(home, tmp_path):
+    cache = teach(recipe_of(home, "completions", k=257), tmp_path / "cache").output
+    both = {
+        "cache": hf_fuse.train(student_recipe(home, str(cache)), output=tmp_path / "cached"),
+        "live": hf_fuse.train(student_recipe(home, str(home / "teacher")), output=tmp_path / "live"),
+    }
+    losses = [result.figures["train_loss"] for result in both.values()]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-3)
+    weights = [load_file(tmp_path / name / "model.safetensors") for name in ("cached", "live")]
+    before = load_file(home / "student" / "model.safetensors")
+    name = "model.layers.0.mlp.up_proj.weight"
+    assert (weights[0][name] - weights[1][name]).abs().max() < 0.05 * (weights[1][name] - before[name]).abs().max()
+    card = (tmp_path / "cached" / "README.md").read_text()
+    assert "learning from cache too" in card and str(tmp_path) not in card
+
+
+def test_packed_texts_learn_from_the_same_cache(home, tmp_path):
+    cache = teach(recipe_of(home, k=4), tmp_path / "cache").output
+    data = {"train": str(home / "texts.jsonl"), "packing": True}
+    packed = hf_fuse.train(
+        student_recipe(home, str(cache), data, per_device_train_batch_size=16, max_steps=1), output=tmp_path / "packed"
+    )
+    plain = hf_fuse.train(
+        student_recipe(home, str(cache), "texts", per_device_train_batch_size=16, max_steps=1),
+        output=tmp_path / "plain",
+    )
+    assert packed.figures["train_loss"] == pytest.approx(plain.figures["train_loss"], rel=1e-4)
+
+
+def test_a_recipe_that_the_cache_does_not_fit_is_refused(home, tmp_path):
+    cache = str(teach(recipe_of(home, "completions", k=4), tmp_path / "cache").output)
+    for recipe, message in (
+        (student_recipe(home, cache, "texts"), "lacks 11 of the 11 training rows. The first is row 1: no text of"),
+        (student_recipe(home, cache, {"train": str(home / "completions.jsonl"), "max_length": 20}), "training rows"),
+        (student_recipe(home, cache, teacher_model_init_kwargs={"revision": "abc"}), "revision unknown of teacher"),
+        (student_recipe(home, cache) | {"model": str(home / "words")}, "another tokenizer than the student's"),
+        (student_recipe(home, str(home)), "teacher .*: can't be loaded"),
+        (student_recipe(home, None), "objectives.forward_kl: needs a teacher, and none is given"),
+        (student_recipe(home, cache, objectives={"logit_z": 1.0}), "none of them is a distillation method"),
+    ):
+        with pytest.raises(FuseError, match=message):
+            hf_fuse.train(recipe, output=tmp_path / "student")
+        assert not (tmp_path / "student").exists()
+    with pytest.raises(RecipeError, match="is a cache of predictions in texts"):
+        (tmp_path / "kinds.jsonl").write_text("\n".join(json.dumps({"text": "a", "label": n}) for n in (0, 1)))
+        hf_fuse.train(
+            student_recipe(home, cache, {"train": str(tmp_path / "kinds.jsonl")}), output=tmp_path / "student"
+        )
 
 
 # ---- refusals and the command
