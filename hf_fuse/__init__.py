@@ -56,6 +56,9 @@ _PUBLIC = {
     "EncoderFeatures": "hf_fuse.heads.features",
     "Head": "hf_fuse.heads.head",
     "install_head": "hf_fuse.heads.linear",
+    "compare_layers": "hf_fuse.diagnostics.layer_similarity",
+    "FeatureCallback": "hf_fuse.diagnostics.callbacks",
+    "SeparabilityStop": "hf_fuse.diagnostics.callbacks",
     "FuseError": "hf_fuse.errors",
 }
 __all__ = [*_PUBLIC, "__version__"]

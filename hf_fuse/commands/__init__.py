@@ -27,6 +27,7 @@ COMMANDS = (
     "store",
     "extract",
     "inspect",
+    "similarity",
     "evaluate",
     "select",
     "step_law",
