@@ -76,9 +76,9 @@ def _objectives(task: float, name: str, **settings: dict[str, Any]) -> dict[str,
 
 def methods() -> dict[str, Method]:
     """Name -> what is tried, around the values of the papers."""
-    teacher, itself = partial(Method, "teacher"), partial(Method, "itself")
+    teacher, itself = partial(Method, "the teacher"), partial(Method, "itself")
     return {
-        LABELS: Method("labels", {"plain": {}, "smoothed 0.1": {"label_smoothing_factor": 0.1}}),
+        LABELS: Method("the labels", {"plain": {}, "smoothed 0.1": {"label_smoothing_factor": 0.1}}),
         "KD": teacher(
             {
                 f"T {degree:g}": {"objectives": {"task": 0.1, "forward_kl": {"weight": 0.9, "temperature": degree}}}
@@ -117,7 +117,8 @@ def digits_of_seed(seed: int, effort: Effort) -> dict[str, dict[str, Row]]:
     for name, given in {"digits": labels, "digits, wrong labels": with_wrong(labels, seed)}.items():
         rows = found[name] = {"the teacher": Row(accuracy(teacher, *parts["test"]), "", 0.0)}
         for method, tried in methods().items():
-            learn = partial(student_of, (images, given), teacher if tried.family == "teacher" else None, seed, effort)
+            asked = teacher if tried.family == "the teacher" else None
+            learn = partial(student_of, (images, given), asked, seed, effort)
             rows[method] = best(tried, learn, parts, effort)
             print(f"seed {seed}, {name}: {method} done", file=sys.stderr)
     return found
