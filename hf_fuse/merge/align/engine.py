@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +14,12 @@ from hf_fuse.checkpoint.writer import check_output, exclusive_output
 from hf_fuse.errors import FuseError, RecipeError
 from hf_fuse.evaluation_models import check_device
 from hf_fuse.merge.align.alignment import Alignment, write_aligned, write_fused
-from hf_fuse.merge.align.live import LivePair, check_same, encoded, load_model, logits, reorder
+from hf_fuse.merge.align.live import LivePair, batches, check_same, encoded, load_model, logits, reorder
 from hf_fuse.merge.align.maps import Maps
 from hf_fuse.merge.align.pair import Pair, check_pair
+from hf_fuse.merge.align.path import barrier, check_loss, draw_path, loss_path
 from hf_fuse.merge.align.recipe import AlignRecipe, load_align_recipe
-from hf_fuse.merge.align.report import CHART, RESULTS, Aligned, draw
+from hf_fuse.merge.align.report import CHART, PATH_CHART, RESULTS, Aligned, draw
 from hf_fuse.merge.align.spaces import Spaces, spaces_of
 from hf_fuse.merge.carry import output_config, write_json
 from hf_fuse.merge.finish import RECIPE_FILE, versions
@@ -66,6 +68,8 @@ def align(
             _write_companions(pair.moved, found, partial.folder)
             if recipe.verify:
                 difference = _verified(recipe, pair, partial.folder)
+            if recipe.path:
+                found = replace(found, facts={**found.facts, **_paths(recipe, pair, partial.folder)})
         else:
             write_fused(pair.reference, found, partial, recipe.max_shard_bytes)
             _write_companions(pair.reference, found, partial.folder)
@@ -101,9 +105,13 @@ def open_pair(recipe: AlignRecipe) -> Pair:
     if recipe.verify:
         pair.verify = lambda maps: _reordered(recipe, moved, spaces[0], maps)
     if recipe.data:
-        data = encoded(read_rows(recipe.data_entry), recipe, reference)
-        models = tuple(_loaded(recipe, checkpoint, checkpoint.folder) for checkpoint in (moved, reference))
-        pair.live = LivePair(models, spaces, data, recipe.batch_size)
+        rows = read_rows(recipe.data_entry)
+        if recipe.path:
+            check_loss(reference.architecture, rows.format == "classification")
+        pair.data = encoded(rows, recipe, reference)
+        if module.needs_data(recipe.options):
+            models = tuple(_loaded(recipe, checkpoint, checkpoint.folder) for checkpoint in (moved, reference))
+            pair.live = LivePair(models, spaces, pair.data, recipe.batch_size)
     return pair
 
 
@@ -124,6 +132,19 @@ def _verified(recipe: AlignRecipe, pair: Pair, folder: Path) -> float:
     before = logits(_loaded(recipe, pair.moved, pair.moved.folder), recipe.seed)
     model = _loaded(recipe, pair.moved, folder)
     return check_same(before, logits(model, recipe.seed), model.dtype, pair.moved.ref)
+
+
+def _paths(recipe: AlignRecipe, pair: Pair, folder: Path) -> dict[str, Any]:
+    """The loss between the reference and the model before and after, drawn as well."""
+    reference = _loaded(recipe, pair.reference, pair.reference.folder)
+    paths = {}
+    for when, where in (("before", pair.moved.folder), ("after", folder)):
+        other = _loaded(recipe, pair.moved, where)
+        paths[when] = loss_path(
+            reference, other, lambda: batches(pair.data, recipe.batch_size), recipe.path, f"path {when}"
+        )
+    draw_path(paths, folder / PATH_CHART)
+    return {f"barrier_{when}": barrier(one) for when, one in paths.items()} | {"paths": paths}
 
 
 def _check_runs(recipe: AlignRecipe, pair: Pair, folder: Path) -> None:
@@ -167,6 +188,7 @@ def _write_record(recipe: AlignRecipe, pair: Pair, result: Aligned, folder: Path
         }
         for one, role in zip(used, ("model", "base"))
     ]
+    charts = {"fit by layer": CHART, "loss between the models": PATH_CHART}
     card = merge_card(
         {
             "title": result.output.name,
@@ -179,7 +201,7 @@ def _write_record(recipe: AlignRecipe, pair: Pair, result: Aligned, folder: Path
             "recipe_yaml": dump_recipe(_without_paths(recipe)),
             "parents": parents,
             "warnings": [],
-            "figures": {"fit by layer": CHART} if (folder / CHART).exists() else {},
+            "figures": {title: name for title, name in charts.items() if (folder / name).exists()},
             "versions": versions(),
             "has_tokenizer": bool(tokenizer_files(folder)),
         }

@@ -5,6 +5,7 @@ Shapes: N tokens or patches, m, n units of the model that moves and of the refer
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -152,6 +153,12 @@ class _Watch:
     part: Part
 
 
+def batches(data: TrainingData, size: int) -> Iterator[dict[str, Tensor]]:
+    for start in range(0, len(data.train), size):
+        numbers = range(start, min(start + size, len(data.train)))
+        yield data.collator([data.train[number] for number in numbers])
+
+
 @dataclass
 class LivePair:
     """Both models with data for both. They read the same batches, so they must have one vocabulary or image size."""
@@ -167,12 +174,11 @@ class LivePair:
 
     def batches(self, what: str) -> Iterator[dict[str, Tensor]]:
         """All examples in batches, under a progress bar that counts them."""
-        count = len(self.data.train)
-        with tqdm(total=count, desc=what, unit="example", disable=None) as bar:
-            for start in range(0, count, self.batch_size):
-                numbers = range(start, min(start + self.batch_size, count))
-                yield self.data.collator([self.data.train[number] for number in numbers])
-                bar.update(len(numbers))
+        bar = tqdm(total=math.ceil(len(self.data.train) / self.batch_size), desc=what, unit="batch", disable=None)
+        with bar:
+            for batch in batches(self.data, self.batch_size):
+                yield batch
+                bar.update()
 
     @torch.no_grad()
     def moments(self, groups: Sequence[Group]) -> Iterator[tuple[Group, dict[str, Moments]]]:

@@ -20,6 +20,7 @@ from hf_fuse.merge.align.spaces import RESIDUAL, Group, Spaces
 
 if TYPE_CHECKING:
     from hf_fuse.merge.align.live import LivePair
+    from hf_fuse.training_data import TrainingData
 
 
 @dataclass
@@ -30,7 +31,8 @@ class Pair:
         moved: the model whose units are put into order.
         reference: the one whose order counts.
         spaces: of the first and of the second.
-        live: both models, running, with data; None if the recipe has none.
+        live: both models, running, with data; None if the method needs none.
+        data: of the recipe, encoded.
         seed: for methods that draw.
         verify: loads the model that moves, puts its units into a given order and compares its logits before and after.
     """
@@ -40,6 +42,7 @@ class Pair:
     spaces: tuple[Spaces, Spaces]
     seed: int
     live: LivePair | None = None
+    data: TrainingData | None = None
     verify: Callable[[Maps], float] | None = None
     pool: FilePool = field(default_factory=FilePool)
 

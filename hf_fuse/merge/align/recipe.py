@@ -27,6 +27,7 @@ class AlignRecipe(BaseModel):
     format: Format | None = None  # none: told from the columns
     max_length: int | None = Field(default=None, ge=2)  # in tokens; none: 1024, or the model's context if shorter
     batch_size: int = Field(default=8, ge=1)
+    path: int = Field(default=0, ge=0)  # points between the models at which to measure the loss, before and after
     verify: bool = True  # load both and compare; off where the model does not fit into memory
     device: str = "cpu"
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # of running models; weights are float32
@@ -95,9 +96,13 @@ def load_align_recipe(source: str | Path | dict | AlignRecipe, overrides: dict[s
         raise RecipeError(f"{name}: the key 'reference' is missing: the model whose order counts.")
     if not needs_reference and recipe.reference is not None:
         raise RecipeError(f"{name}: {recipe.method} has no reference. Remove it.")
-    needs_data = module.needs_data(options)
+    if recipe.path and (recipe.path < 3 or not needs_reference or getattr(module, "FUSES", False)):
+        reason = f"{recipe.method} writes no model to go to" if recipe.path >= 3 else "it takes 3 points at least"
+        raise RecipeError(f"{name}: path is {recipe.path}, but {reason}. Set it to 0.")
+    needs_data = module.needs_data(options) or recipe.path > 0
     if needs_data and recipe.data is None:
-        raise RecipeError(f"{name}: {recipe.method} watches the models on data. Say data: FILE, or a dataset's id.")
+        who = recipe.method if module.needs_data(options) else "path"
+        raise RecipeError(f"{name}: {who} watches the models on data. Say data: FILE, or a dataset's id.")
     if not needs_data and recipe.data is not None:
         raise RecipeError(f"{name}: {recipe.method} uses no data with these parameters. Remove it.")
     return recipe

@@ -14,7 +14,7 @@ from hf_fuse.merge.align.pair import Pair
 if TYPE_CHECKING:
     from rich.console import Console
 
-RESULTS, CHART = "align_results.json", "alignment.png"
+RESULTS, CHART, PATH_CHART = "align_results.json", "alignment.png", "path.png"
 
 
 @dataclass(frozen=True)
@@ -65,7 +65,8 @@ class Aligned:
             table.add_row(kind, str(len(groups)), str(total), str(moved), *shown)
         console.print(table)
         for name, value in self.found.facts.items():
-            print(f"{name.replace('_', ' ')}: {value:.4g}" if isinstance(value, float) else f"{name}: {value}")
+            if isinstance(value, (int, float)):
+                print(f"{name.replace('_', ' ')}: {value:.4g}")
         same = "not compared" if self.difference is None else f"the same to {self.difference:.1g} of the largest logit"
         print(f"{'merged' if self.found.fused else 'aligned'}: {self.output}\nfunction of the aligned model: {same}")
 

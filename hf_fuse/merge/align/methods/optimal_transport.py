@@ -23,6 +23,7 @@ from hf_fuse.registry import Between
 
 PAPER = "2310.05719"
 SAME_WIDTHS = False
+FUSES = True
 REGULARIZATION = {"weights": 0.06, "activations": 0.08}
 
 

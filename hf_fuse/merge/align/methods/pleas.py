@@ -28,6 +28,7 @@ from hf_fuse.merge.align.spaces import BOUND, Heads
 from hf_fuse.registry import Between
 
 PAPER = "2407.02447"
+FUSES = True
 SHARE = Annotated[float, Between(0, 1)]
 
 
