@@ -36,6 +36,8 @@ _PUBLIC = {
     "FuseTrainer": "hf_fuse.trainer",
     "FuseConfig": "hf_fuse.trainer_config",
     "teach": "hf_fuse.distill.teach",
+    "sigma_reparametrise": "hf_fuse.sigma_reparametrisation",
+    "fold_sigma": "hf_fuse.sigma_reparametrisation",
     "DistillTrainer": "hf_fuse.distill.trainer",
     "DistillConfig": "hf_fuse.distill.config",
     "MixLoraConfig": "hf_fuse.adapters.mixlora",

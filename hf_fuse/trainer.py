@@ -21,6 +21,7 @@ from transformers import Trainer
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.trainer_utils import EvalLoopOutput
 
+from hf_fuse.attention_report import AttentionWatch
 from hf_fuse.batch_counts import (
     IGNORED,
     PREDICTIONS,
@@ -123,6 +124,7 @@ class FuseTrainer(Trainer):
         self._whole_batch: Tensor | None = None
         self._window, self._evaluation = Averages(), Averages()
         self.router_usage = RouterUsage()
+        self._attention = AttentionWatch(args.attention_entropy_steps) if args.attention_entropy_steps else None
         if args.router_statistics:
             self.add_callback(ExpertUsageChart(self))
         for callback in getattr(getattr(model, "base_model", None), "trainer_callbacks", ()):
@@ -202,6 +204,8 @@ class FuseTrainer(Trainer):
                 )
         if not model.training:
             return self._evaluated(terms, counts_U, outputs, asked, return_outputs)
+        if self._attention and self._attention.due(self.state.global_step):
+            self._attention.observe(self._base, self._of_model(inputs), self.state.global_step)
         if self.args.router_statistics:
             self.router_usage.observe(self._base, outputs, inputs.get("attention_mask"), counts_U[UNITS.index(TOKENS)])
         loss = self._total(terms, counts_U)
@@ -332,6 +336,7 @@ class FuseTrainer(Trainer):
             named = {"task": self.task_weight} | {objective.name: objective.weight for objective in self.objectives}
             logs |= {f"{name}_weight": weight(*moment) for name, weight in named.items() if not weight.constant}
             logs |= self.router_usage.take(self.accelerator)
+            logs |= self._attention.take(self.accelerator) if self._attention else {}
         super().log(logs, start_time)
 
     def _weights(self, training: bool) -> dict[str, float]:

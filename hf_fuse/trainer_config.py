@@ -43,6 +43,13 @@ class FuseConfig(TrainingArguments):
         default=None,
         metadata={"help": "Samples of replay_dataset per micro-batch. Default: per_device_train_batch_size."},
     )
+    attention_entropy_steps: int = field(
+        default=0,
+        metadata={
+            "help": "Log the entropy of each layer's attention on one batch every so many steps, and warn if it "
+            "collapses. 0: never."
+        },
+    )
     router_statistics: bool = field(
         default=True,
         metadata={"help": "Log load, entropy and dropped tokens of each router, and draw a heat map of expert usage."},
