@@ -141,6 +141,9 @@ class FusedModels(nn.Module, GenerationMixin):
             kwargs["past_key_values"] = FusedCache(len(self.models))
         return super().generate(inputs, generation_config, **kwargs)
 
+    def get_output_embeddings(self) -> None:
+        """None: fused logits are not what one layer returns."""
+
     @staticmethod
     def _reorder_cache(cache: FusedCache, beams: Tensor) -> FusedCache:
         # Some models have a method of this name for their own cache, which would be found instead.

@@ -15,6 +15,7 @@ from hf_fuse.recipe import ModelRef, Reference, explain, read_mapping
 References = Annotated[
     list[Reference] | None, BeforeValidator(lambda v: v if isinstance(v, list) or v is None else [v])
 ]
+COUNTS = ("max_new_tokens", "max_length", "num_beams", "num_return_sequences")
 ROLES = ("model", "models", "experts", "base_model", "auxiliary_model", "reward_model")
 
 
@@ -134,7 +135,15 @@ def _generation_settings() -> dict[str, Any]:
 
 
 def _check_generation(said: dict[str, Any], name: str) -> None:
+    from transformers import GenerationConfig
+
     known = _generation_settings()
-    for key in said:
+    for key, value in said.items():
         if key not in known:
             raise RecipeError(f"{name}: generation: no setting is called {key!r}. {registry.nearest(key, known)}")
+        if key in COUNTS and (not isinstance(value, int) or value < 1):
+            raise RecipeError(f"{name}: generation: {key} is {value!r}, expected an integer >= 1.")
+    try:
+        GenerationConfig(**said)
+    except (ValueError, TypeError) as error:
+        raise RecipeError(f"{name}: generation: {str(error).splitlines()[0]}") from None

@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import hf_fuse
 from hf_fuse.cli import run_command
-from hf_fuse.decode import proxy_tuning
+from hf_fuse.decode import ensemble, proxy_tuning
 from hf_fuse.decode.completions import completions
 from hf_fuse.decode.methods.fusion_of_n import build_fusion_prompt, fusion_of_n
 from hf_fuse.decode.recipe import load_decode_recipe
@@ -133,10 +133,16 @@ def test_what_is_wrong_is_told_before_any_work(capsys, monkeypatch, tmp_path):
             "proxy_tuning has no use for reward_model. It takes model, experts, base_mo",
         ),
         (("a", "--parameters.alpa", 1), "has no parameter 'alpa'. Did you mean 'alpha'?"),
-        (("a", "--parameters.alpha", "much"), "alpha is 'much', expected float"),
+        (("a", "--parameters.alpha", "much"), "alpha is 'much', expected float [-100, 100]"),
         (("a", "--method", "proxy"), "Did you mean 'proxy_tuning'?"),
         (("a", "--method", "ties"), "ties works on weights"),
         (("a", "--generation.top_q", 1), "generation: no setting is called 'top_q'. Did you mean 'top_"),
+        (("a", "--generation.num_beams", -1), "num_beams is -1, expected an integer >= 1"),
+        (
+            ("a", "--generation.temperature", "hot", "--generation.do_sample", "true"),
+            "generation: `temperature` (=hot) has to be",
+        ),
+        (("a", "--parameters.alpha", ".nan"), "alpha is nan, expected float [-100, 100]"),
         (("a", "--device", "nowhere"), "device 'nowhere'"),
         (("a", "b"), "'b' is one argument too many"),
         (("a", "--prompts", "x.txt"), "there is a prompt too"),
@@ -161,6 +167,19 @@ def test_what_only_the_models_can_tell(capsys):
     assert "generation: " in failure(capsys, "a", "--fuse", "proxy.yaml", "--generation.num_return_sequences", 2)
     with pytest.raises(CheckpointError, match="not a causal language model"):
         hf_fuse.generate(PROXY | {"base_model": "reward"}, "a")
+
+
+def test_fused_models_are_evaluated_like_one():
+    from hf_fuse.perplexity import perplexity
+
+    names = (PROXY["model"], PROXY["experts"])
+    models = [AutoModelForCausalLM.from_pretrained(name) for name in names]
+    tokenizer, text = AutoTokenizer.from_pretrained(names[0]), "Some text to score."
+    ids = torch.tensor([tokenizer(text)["input_ids"]])
+    with torch.no_grad():
+        p = sum(model(ids).logits.softmax(-1) for model in models)[0, :-1] / 2
+    loss = -p.log().gather(-1, ids[0, 1:, None]).mean().item()
+    assert perplexity(ensemble(models), tokenizer, [text]).loss == pytest.approx(loss, rel=1e-5)
 
 
 def test_fusion_of_n_writes_one_answer_from_all(monkeypatch):

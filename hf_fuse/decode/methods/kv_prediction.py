@@ -25,6 +25,7 @@ from hf_fuse.decode.keys_and_values import (
     replaced,
 )
 from hf_fuse.decode.vocabularies import named, shared_vocabulary
+from hf_fuse.distill.teachers import tokenizer_of
 from hf_fuse.errors import CheckpointError, FuseError
 
 PAPER = "https://arxiv.org/abs/2410.08391"
@@ -210,6 +211,8 @@ class KvPrediction(nn.Module):
             save_file(maps, partial.folder / MAPS)
             (partial.folder / DESCRIPTION).write_text(json.dumps(description, indent=2) + "\n", encoding="utf-8")
             self.auxiliary_model.save_pretrained(partial.folder / AUXILIARY)
+            if tokenizer := tokenizer_of(self.auxiliary_model):
+                tokenizer.save_pretrained(partial.folder / AUXILIARY)
             partial.publish()
         return folder
 

@@ -4,16 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import partial
+from typing import Annotated
 
 from torch import Tensor, nn
 
 from hf_fuse.decode.fused_models import FusedModels
+from hf_fuse.registry import Between
 
 PAPER = "https://arxiv.org/abs/2401.08565"
 
 
 def proxy_tuning(
-    model: nn.Module, experts: nn.Module | Sequence[nn.Module], base_model: nn.Module, *, alpha: float = 1.0
+    model: nn.Module,
+    experts: nn.Module | Sequence[nn.Module],
+    base_model: nn.Module,
+    *,
+    alpha: Annotated[float, Between(-100, 100)] = 1.0,
 ) -> FusedModels:
     """``model + alpha (expert - base_model)``, in logits: the large model as if it had been fine-tuned too.
 
