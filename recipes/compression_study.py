@@ -39,11 +39,11 @@ class Effort:
     """Sizes of a run."""
 
     size: ModelSize = ModelSize(layers=6)
-    steps: int = 900
+    steps: int = 500
     seeds: int = 3
-    calibration: int = 96  # sequences
-    held_out: int = 40_000  # characters
-    epochs: int = 12  # of what trains while it compresses
+    calibration: int = 64  # sequences
+    held_out: int = 24_000  # characters
+    epochs: int = 8  # of what trains while it compresses
     train_tokens: int = 300_000
     source_characters: int = 3_500_000
     cuts: tuple[int, ...] = (1, 2)  # parts that a dense model of six layers loses
