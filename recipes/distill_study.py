@@ -30,6 +30,7 @@ from typing import Any
 import torch
 from study.suites import fit, new_vit
 from torch import Tensor
+from transformers import PrinterCallback
 
 from hf_fuse import DistillConfig, DistillTrainer, FuseConfig, FuseTrainer
 
@@ -168,6 +169,7 @@ def student_of(data: Part, teacher: Any, seed: int, effort: Effort, setting: dic
             trainer = DistillTrainer(new_student(seed), DistillConfig(**settings), teacher=teacher, train_dataset=rows)
         else:
             trainer = FuseTrainer(new_student(seed), FuseConfig(**settings), train_dataset=rows)
+        trainer.remove_callback(PrinterCallback)
         started = time.perf_counter()
         trainer.train()
         return trainer.model, (time.perf_counter() - started) / effort.steps

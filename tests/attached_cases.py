@@ -69,7 +69,7 @@ def make_trainer(case: str, output: Path, batch: int, accumulation: int, **chang
         model,
         DistillConfig(**three_steps(output, batch, accumulation) | settings),
         train_dataset=data,
-        eval_dataset=images(5) if not is_language else data[:5],
+        eval_dataset=data[:5] if isinstance(data, list) else images(5),
         data_collator=padded if is_language else None,
         **own,
     )

@@ -147,6 +147,15 @@ def test_class_means_are_the_teachers(tmp_path):
     torch.testing.assert_close(objective.loss.class_means_CC, expected)
 
 
+def test_it_may_begin_later(tmp_path):
+    later = {"weight": {"start": 0.0, "end": 1.0, "after": 2, "until": 2}, "update_every": 1, "held_out": 0.2}
+    trainer = make_trainer("tgeo", tmp_path, 8, 1, objectives={"task": 1.0, "tgeo": later}, max_steps=3)
+    weights = trainer._stateful[0].loss.controller.weights.clone()
+    logs, _ = train(trainer)
+    assert ["tgeo" in entry for entry in logs[:3]] == [False, False, True]
+    assert not torch.equal(weights, trainer._stateful[0].loss.controller.weights)
+
+
 def test_ratios_go_to_whoever_is_right(tmp_path):
     """The teacher takes class 0 for class 1, half of the labels of the others are wrong."""
     random = torch.Generator().manual_seed(0)

@@ -22,7 +22,7 @@ class mutual(nn.Module):
 
     Each peer: its cross-entropy plus the mean of ``KL(other || peer)`` over the others, the student among them. What is
     learnt from carries no gradient. The student's own cross-entropy is the task loss. All make their step together
-    (the paper lets them take turns). Peers double the training's cost each; only the student is saved.
+    (the paper lets them take turns). A peer costs as much as the student; only the student is saved.
 
     Args:
         peers: of the student's configuration, with fresh weights, unless ``DistillTrainer(peers=[...])`` are given.
