@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from hf_fuse.card import merge_card, read_license
-from hf_fuse.checkpoint.reader import Checkpoint, open_checkpoint, read_json
+from hf_fuse.checkpoint.reader import Checkpoint, open_checkpoint, read_json, text_part
 from hf_fuse.checkpoint.tokenizer import copy_files, tokenizer_files
 from hf_fuse.checkpoint.writer import check_output, exclusive_output
-from hf_fuse.errors import FuseError, RecipeError
+from hf_fuse.errors import CheckpointError, FuseError, RecipeError
 from hf_fuse.evaluation_models import check_device
 from hf_fuse.merge.align.alignment import Alignment, write_aligned, write_fused
 from hf_fuse.merge.align.live import LivePair, batches, check_same, encoded, load_model, logits, reorder
@@ -59,7 +60,7 @@ def align(
     check_output(folder, overwrite)
     check_device(recipe.device)
     pair = open_pair(recipe)
-    with exclusive_output(folder, overwrite=overwrite) as partial:
+    with exclusive_output(folder, overwrite=overwrite) as partial, contextlib.closing(pair.pool):
         found = recipe.found_method.function(pair, **recipe.options)
         pair.live = None  # there may be no room for what follows
         difference = found.difference
@@ -105,6 +106,7 @@ def open_pair(recipe: AlignRecipe) -> Pair:
     if recipe.verify:
         pair.verify = lambda maps: _reordered(recipe, moved, spaces[0], maps)
     if recipe.data:
+        _check_inputs(moved, reference)
         rows = read_rows(recipe.data_entry)
         if recipe.path:
             check_loss(reference.architecture, rows.format == "classification")
@@ -113,6 +115,17 @@ def open_pair(recipe: AlignRecipe) -> Pair:
             models = tuple(_loaded(recipe, checkpoint, checkpoint.folder) for checkpoint in (moved, reference))
             pair.live = LivePair(models, spaces, pair.data, recipe.batch_size)
     return pair
+
+
+def _check_inputs(moved: Checkpoint, reference: Checkpoint) -> None:
+    """Raises CheckpointError if the models can't read the same data."""
+    for key in ("vocab_size", "image_size", "num_channels"):
+        one, other = (text_part(checkpoint.config).get(key) for checkpoint in (moved, reference))
+        if one != other:
+            raise CheckpointError(
+                f"{moved.ref} has {key} {one}, {reference.ref} has {other}: to be watched on data, models must read the "
+                "same. Use weight_matching without data."
+            )
 
 
 def _loaded(recipe: AlignRecipe, checkpoint: Checkpoint, folder: Path) -> Any:

@@ -72,10 +72,12 @@ class Aligned:
 
 
 def kinds(groups: Iterable[Matched]) -> dict[str, list[Matched]]:
-    """Groups by what they are, without the layers' numbers: residual, attention, inner."""
+    """Groups by what they are, without the layers' numbers: residual, attention, feed-forward."""
     found: dict[str, list[Matched]] = {}
     for group in groups:
-        found.setdefault(re.sub(r"^.*\.\d+\.", "", group.group), []).append(group)
+        kind = re.sub(r"^(encoder\.layer|layers|h)\.\d+\.", "", group.group)
+        kind = re.sub(r"\.block\.\d+\.|\.", " ", kind).replace("inner", "feed-forward")
+        found.setdefault(kind, []).append(group)
     return found
 
 
@@ -85,26 +87,41 @@ def _mean(values: Iterable[float | None]) -> float | None:
 
 
 def draw(result: Aligned, path: Path) -> None:
-    """Before and after by layer, one line each for every kind of group; nothing where there is nothing to compare, or
-    no matplotlib (the extra ``plot``)."""
+    """A panel for every kind of group with two bars per layer, before and after; nothing where there is nothing to
+    compare, or no matplotlib (the extra ``plot``)."""
     try:
-        import matplotlib  # noqa: F401
+        import matplotlib.ticker as ticker
     except ImportError:
         return
-    from hf_fuse.plot_points import lines
+    from hf_fuse.plots import BAR_COLOUR, FAINT, INK, _figure, _save
 
-    series: dict[str, list[tuple[float, float]]] = {}
-    for kind, groups in kinds(result.found.groups).items():
-        if any(group.before is None for group in groups):
-            return
-        for when in ("before", "after"):
-            points = [(float(number), getattr(group, when)) for number, group in enumerate(groups)]
-            if len(points) == 1:  # one for the whole model: level through all layers
-                points = [(x, points[0][1]) for x in (0.0, float(_height(result.found.groups)))]
-            series[f"{kind}, {when}"] = points
-    title = f"{result.method}: fit by layer"
-    lines(series, path=path, title=title, xlabel="layer", ylabel=result.found.measure)
-
-
-def _height(groups: Iterable[Matched]) -> int:
-    return max(max(len(one) for one in kinds(groups).values()) - 1, 1)
+    if any(group.before is None for group in result.found.groups):
+        return
+    found = kinds(result.found.groups)
+    height = max(map(len, found.values()))
+    panels = {kind: (groups, "layer") for kind, groups in found.items() if len(groups) > 1}
+    if alone := {kind: groups[0] for kind, groups in found.items() if len(groups) == 1}:
+        panels = {"whole model": (list(alone.values()), "")} | panels
+    figure = _figure(max(5.0, min(1.5 + 0.45 * height, 24.0)), 0.9 + 2.1 * len(panels))
+    for axes, (title, (groups, xlabel)) in zip(figure.subplots(len(panels), 1, squeeze=False)[:, 0], panels.items()):
+        for shift, when, colour in ((-0.2, "before", "#999999"), (0.2, "after", BAR_COLOUR)):
+            heights = [getattr(group, when) for group in groups]
+            places = [number + shift for number in range(len(groups))]
+            axes.bar(places, heights, 0.38, color=colour, zorder=2, label=when)
+        axes.set_title(title, fontsize=10, fontweight="bold", color=INK, parse_math=False)
+        axes.grid(axis="y", color=FAINT, linewidth=0.6, zorder=0)
+        axes.axhline(0, color=FAINT, linewidth=1, zorder=1)
+        axes.set_xlabel(xlabel, fontsize=8, color=INK)
+        if xlabel:
+            axes.xaxis.set_major_locator(ticker.MaxNLocator(nbins=20, integer=True))
+            axes.set_xlim(-0.6, len(groups) - 0.4)
+        else:
+            axes.set_xticks(range(len(groups)), list(alone), parse_math=False)
+            axes.set_xlim(-1.0, len(groups))
+        axes.tick_params(length=0, labelsize=8, labelcolor=INK)
+        for spine in axes.spines.values():
+            spine.set_visible(False)
+    figure.supylabel(result.found.measure, fontsize=9, color=INK)
+    bars = figure.axes[0].get_legend_handles_labels()
+    figure.legend(*bars, loc="outside lower center", ncols=2, frameon=False, fontsize=9)
+    _save(figure, path)
