@@ -52,15 +52,20 @@ def adapter_table() -> str:
 
 
 def loss_table() -> str:
-    """All losses: what they need, and their options."""
+    """All losses: when to prefer them (the second paragraph of their modules), what they need, and their options."""
     from hf_fuse.objectives import read_objectives
 
-    lines = ["| loss | what it does | needs | options |", "|---|---|---|---|"]
+    lines = ["| loss | what it does | when to prefer it | needs | options |", "|---|---|---|---|---|"]
     for name in registry.names("losses"):
         loss = registry.get("losses", name)
         _, (objective,) = read_objectives({name: 1.0})
         needs = [tensor for keyword, tensor in objective.needs.items() if keyword not in objective.optional]
-        lines.append(f"| {_linked(name, loss.paper)} | {loss.summary} | {', '.join(needs)} | {_listed(loss.options)} |")
+        needs += ["whole batches"] if getattr(loss.module, "IN_BATCH", False) else []
+        when = " ".join(inspect.cleandoc(loss.module.__doc__).split("\n\n")[1].split()).replace("``", "`")
+        lines.append(
+            f"| {_linked(name, loss.paper)} | {loss.summary} | {_unlinked(when)} | {', '.join(needs)} "
+            f"| {_listed(loss.options)} |"
+        )
     return "\n".join(lines)
 
 
@@ -110,6 +115,11 @@ def head_table() -> str:
 
 def _linked(name: str, paper: str | None) -> str:
     return f"[`{name}`]({paper})" if paper else f"`{name}`"
+
+
+def _unlinked(text: str) -> str:
+    """Sphinx's ``:func:`name``` as a plain name."""
+    return re.sub(r":\w+:`~?([^`]*)`", r"`\1`", text)
 
 
 def _listed(names) -> str:
