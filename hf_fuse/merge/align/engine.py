@@ -123,8 +123,8 @@ def _check_inputs(moved: Checkpoint, reference: Checkpoint) -> None:
         one, other = (text_part(checkpoint.config).get(key) for checkpoint in (moved, reference))
         if one != other:
             raise CheckpointError(
-                f"{moved.ref} has {key} {one}, {reference.ref} has {other}: to be watched on data, models must read the "
-                "same. Use weight_matching without data."
+                f"{moved.ref} has {key} {one}, {reference.ref} has {other}: to be watched on data, models must read "
+                "the same. Use weight_matching without data."
             )
 
 
