@@ -153,9 +153,8 @@ def _run(setup: Setup, folder: Path, checkpoint: Path | None, *, lead: bool, ove
 
     kind, more = FuseTrainer, {}
     if setup.recipe.distils:
-        from hf_fuse.distill.trainer import DistillTrainer
-
         from hf_fuse.distill.open_sources import open_sources
+        from hf_fuse.distill.trainer import DistillTrainer
 
         kind, more = DistillTrainer, {"teacher": [*(setup.recipe.teacher or []), *open_sources(setup)]}
     with contextlib.ExitStack() as stack:

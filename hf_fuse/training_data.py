@@ -108,10 +108,7 @@ def encode(rows: Rows, entry: DataEntry, tokenizer: PreTrainedTokenizerBase, con
         FuseError: rows that can't be read as their format (the first is named), a label that the model does not know,
             no chat template, or nothing left to train on.
     """
-    context = min(context_length(config) or DEFAULT_LENGTH, tokenizer.model_max_length)
-    if entry.max_length and entry.max_length > context:
-        raise FuseError(f"data: max_length is {entry.max_length}, but the model reads {context} tokens at most.")
-    length = entry.max_length or min(DEFAULT_LENGTH, context)
+    length = row_length(entry, tokenizer, config)
     notes: list[str] = []
     if rows.format == "chat" or (rows.format == "completion" and _is_chat(rows.train[0].rows, "prompt")):
         notes += usable_template(tokenizer, entry.chat_template)
@@ -128,6 +125,18 @@ def encode(rows: Rows, entry: DataEntry, tokenizer: PreTrainedTokenizerBase, con
     else:
         collator = partial(collate_tokens, pad_id=_pad_id(tokenizer))
     return TrainingData(rows.format, train, evaluation, collator, length, facts, notes)
+
+
+def row_length(entry: DataEntry, tokenizer: PreTrainedTokenizerBase, config: PreTrainedConfig) -> int:
+    """How many tokens a row of texts may have: ``max_length``, or 1024, or the model's context if that is shorter.
+
+    Raises:
+        FuseError: ``max_length`` is more than the model reads.
+    """
+    context = min(context_length(config) or DEFAULT_LENGTH, tokenizer.model_max_length)
+    if entry.max_length and entry.max_length > context:
+        raise FuseError(f"data: max_length is {entry.max_length}, but the model reads {context} tokens at most.")
+    return entry.max_length or min(DEFAULT_LENGTH, context)
 
 
 def encode_images(rows: Rows, processor: Any, config: PreTrainedConfig, dtype: Any) -> TrainingData:

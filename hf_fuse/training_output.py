@@ -114,8 +114,8 @@ def write_card(setup: Setup, folder: Path, results: dict[str, float]) -> None:
     method = adapter["peft_type"].lower() if adapter else "full fine-tuning"
     what = f"An adapter of the kind {method}" if adapter else "The whole model"
     facts = ", ".join(f"{value:,} {name}" for name, value in setup.data.facts.items())
-    if recipe.teacher:
-        facts += f", learning from {', '.join(Path(name).name for name in recipe.teacher)} too"
+    if teachers := [*(recipe.teacher or []), *(source.path for source in recipe.sources or [])]:
+        facts += f", learning from {', '.join(Path(name).name for name in teachers)} too"
     info: dict[str, Any] = {
         "title": Path(recipe.output).name,
         "method": method,
