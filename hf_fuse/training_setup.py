@@ -243,7 +243,8 @@ def _try_adapter(setup: Setup) -> None:
 
 def _check_caches(setup: Setup) -> None:
     from hf_fuse.distill.cache import TeacherCache, is_cache
-    from hf_fuse.distill.cached_teacher import CachedTeacher, check_tokenizer
+    from hf_fuse.distill.cache_checks import check_tokenizer
+    from hf_fuse.distill.cached_teacher import CachedTeacher
 
     for folder in filter(is_cache, setup.recipe.teacher or ()):
         teacher = CachedTeacher(TeacherCache(folder))

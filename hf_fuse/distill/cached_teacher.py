@@ -5,7 +5,6 @@ B rows of a batch, S tokens, K kept tokens, N predictions.
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -13,11 +12,9 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-from tqdm import tqdm
-from transformers import PreTrainedTokenizerBase
 
 from hf_fuse.batch_counts import IGNORED
-from hf_fuse.distill.cache import TeacherCache, row_key, tokenizer_key
+from hf_fuse.distill.cache import TeacherCache, row_key
 from hf_fuse.distill.top_k import TopK
 from hf_fuse.errors import FuseError
 
@@ -80,7 +77,7 @@ class CachedTeacher:
         predicted_BS = labels != IGNORED
         if shifted:
             predicted_BS = F.pad(predicted_BS[:, 1:], (0, 1))
-        kept = {name: values[predicted_BS] for name, values in found.items()}
+        kept = {name: values.to(labels.device)[predicted_BS] for name, values in found.items()}
         if not (self.facts.partial or kept["covered"].all()):
             raise FuseError(
                 f"{self.name}: a label of the batch has no prediction. Make the cache of all training data."
@@ -113,85 +110,6 @@ class WithPredictions:
         batch = self.collate(rows)
         batch[CACHED] = [teacher.look_up(batch) for teacher in self.teachers]
         return batch
-
-
-def check_tokenizer(teacher: CachedTeacher, tokenizer: PreTrainedTokenizerBase | None, vocabulary: int) -> None:
-    """Whether the cache's token ids mean what the student's mean.
-
-    Args:
-        tokenizer: the student's, if it is known.
-        vocabulary: number of the student's logits.
-
-    Raises:
-        FuseError: the tokenizer is another, or unknown while the vocabularies differ in size.
-    """
-    facts, named = teacher.facts, teacher.name
-    if tokenizer is not None and tokenizer_key(tokenizer) != facts.tokenizer:
-        raise FuseError(
-            f"{named}: was made with another tokenizer than the student's, so its token ids are other text. Use a "
-            f"student of the family of {facts.teacher}, or make a cache with a teacher of the student's."
-        )
-    if tokenizer is None and vocabulary != facts.vocabulary:
-        raise FuseError(
-            f"{named}: has a vocabulary of {facts.vocabulary} entries, the student {vocabulary}. That may be padding, "
-            "if the tokenizers are equal, but the student's isn't known. Give processing_class."
-        )
-    if tokenizer is not None and len(tokenizer) > min(vocabulary, facts.vocabulary):
-        raise FuseError(
-            f"{named}: the tokenizer has {len(tokenizer)} tokens, but vocabularies have {facts.vocabulary} (cache) and "
-            f"{vocabulary} (student) entries. Resize the smaller model's embeddings."
-        )
-
-
-def check_objective(teacher: CachedTeacher, name: str, loss: Callable[..., Tensor], arguments: Callable) -> None:
-    """Whether a method can learn from a cache: it takes a top-K, of this temperature.
-
-    Args:
-        name: of the objective.
-        loss: of it.
-        arguments: picks what it needs out of all that there is.
-
-    Raises:
-        FuseError: it can't.
-    """
-    if not any("TopK" in str(parameter.annotation) for parameter in inspect.signature(loss).parameters.values()):
-        raise FuseError(
-            f"objectives.{name}: needs whole distributions, and {teacher.name} keeps the {teacher.facts.k} likeliest "
-            "tokens. Give a model as the teacher, or use another objective."
-        )
-    none_NV, none_N = torch.zeros(0, teacher.facts.vocabulary), torch.zeros(0, dtype=torch.long)
-    top = TopK.of(none_NV, teacher.facts.k, none_N, temperature=teacher.facts.temperature)
-    try:
-        loss(**arguments({"student": none_NV, "teacher": top, "labels": none_N, "progress": 0.0}))
-    except FuseError as error:
-        raise FuseError(f"objectives.{name}: {error}") from None
-
-
-def uncovered(teacher: CachedTeacher, dataset: Any, collate: Callable[[list], Any]) -> tuple[list[int], str]:
-    """Numbers of the dataset's rows that the cache doesn't cover, and why the first doesn't."""
-    found, why = [], ""
-    for number in tqdm(range(len(dataset)), desc=f"look up {teacher.cache.folder.name}", unit="row", disable=None):
-        reason = next(teacher.missing(collate([dataset[number]])), None)
-        if reason is not None:
-            found.append(number)
-            why = why or reason
-    return found, why
-
-
-def check_covered(teachers: list[CachedTeacher], dataset: Any, collate: Callable[[list], Any]) -> None:
-    """Whether the caches know all that is to be trained on. Of a stream, that shows batch by batch.
-
-    Raises:
-        FuseError: some row isn't known.
-    """
-    for teacher in teachers if hasattr(dataset, "__len__") else ():
-        rows, why = uncovered(teacher, dataset, collate)
-        if rows:
-            raise FuseError(
-                f"{teacher.name}: lacks {len(rows)} of the {len(dataset)} training rows. The first is row "
-                f"{rows[0] + 1}: {why}. Make the cache of the same data, with the same max_length, train_on and chat "
-                "template."
-            )
 
 
 def _texts(batch: dict[str, Any]) -> Iterator[tuple[int, int, np.ndarray, np.ndarray]]:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import logging
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -22,15 +21,8 @@ from hf_fuse import registry
 from hf_fuse.batch_counts import IGNORED, PREDICTIONS, labels_of
 from hf_fuse.distill.aligned_teacher import AlignedTeacher
 from hf_fuse.distill.cache import TeacherCache, is_cache
-from hf_fuse.distill.cached_teacher import (
-    CACHED,
-    CachedTeacher,
-    WithPredictions,
-    check_covered,
-    check_objective,
-    check_tokenizer,
-    uncovered,
-)
+from hf_fuse.distill.cache_checks import Coverage, check_revision, check_student, check_tokenizer
+from hf_fuse.distill.cached_teacher import CACHED, CachedTeacher, WithPredictions
 from hf_fuse.distill.chunked import chunked_sum
 from hf_fuse.distill.config import DistillConfig, is_distillation
 from hf_fuse.distill.head_inputs import head_inputs, of_predictions
@@ -53,8 +45,6 @@ from hf_fuse.model_features import classifier_inputs, sample_features
 from hf_fuse.objective_heads import trained_parameters
 from hf_fuse.objectives import Objective
 from hf_fuse.trainer import FuseTrainer
-
-logger = logging.getLogger(__name__)
 
 # What objectives of `distill/attached` may ask for besides.
 FURTHER = ("teacher_logits", "head_inputs", "inputs", "model")
@@ -113,7 +103,6 @@ class DistillTrainer(FuseTrainer):
         self._teacher_logits: Tensor | TopK | None = None
         self._head_inputs: Tensor | None = None
         self._cached: list[dict[str, Tensor]] = []
-        self._covered: dict[Any, bool] = {}
         self._evaluates_methods = True
         given = [] if teacher is None else teacher if isinstance(teacher, list) else [teacher]
         self.teachers = [self._teacher(each) for each in given]
@@ -121,7 +110,8 @@ class DistillTrainer(FuseTrainer):
         tokenizer = tokenizer_of(self._base, self.processing_class)
         for each in self.teachers:
             if isinstance(each, CachedTeacher):
-                self._check_cache(each, tokenizer)
+                check_student(each, self._base, self._methods + self._stateful, shifted=self._loss_shifts_labels)
+                check_tokenizer(each, tokenizer, self._base.config.get_text_config().vocab_size)
             elif isinstance(each, AlignedTeacher):
                 each.check(self._base, tokenizer)
             else:
@@ -136,7 +126,8 @@ class DistillTrainer(FuseTrainer):
         # Some have made the layers that they train only now.
         self._stateful = [objective for objective in modules if objective.stateful]
         self._head_parameters = trained_parameters(self._stateful, self.accelerator)
-        check_covered(self._caches, self.train_dataset, self._collate_of_model)
+        self._coverage = Coverage(self._caches, self._collate_of_model)
+        self._coverage.check(self.train_dataset)
 
     @property
     def student(self) -> nn.Module:
@@ -188,8 +179,12 @@ class DistillTrainer(FuseTrainer):
         with self._with_predictions():
             return super().get_eval_dataloader(eval_dataset)
 
+    def get_test_dataloader(self, test_dataset: Any) -> DataLoader:
+        with self._with_predictions():
+            return super().get_test_dataloader(test_dataset)
+
     def evaluation_loop(self, dataloader: DataLoader, *args: Any, **kwargs: Any) -> EvalLoopOutput:
-        self._evaluates_methods = self._covers(dataloader.dataset)
+        self._evaluates_methods = self._coverage.knows(dataloader.dataset)
         return super().evaluation_loop(dataloader, *args, **kwargs)
 
     def prediction_step(
@@ -321,10 +316,12 @@ class DistillTrainer(FuseTrainer):
     def _teacher(self, given: nn.Module | str | AlignedTeacher) -> Teacher | AlignedTeacher:
         if isinstance(given, AlignedTeacher):
             return given.placed(self.args.device)
-        if isinstance(given, TeacherCache) or (isinstance(given, str | Path) and is_cache(given)):
-            return _of_revision(
-                CachedTeacher(given if isinstance(given, TeacherCache) else TeacherCache(given)), self.args
-            )
+        if isinstance(given, str | Path) and is_cache(given):
+            given = TeacherCache(given)
+        if isinstance(given, TeacherCache):
+            teacher = CachedTeacher(given)
+            check_revision(teacher, self.args.teacher_model_init_kwargs or {})
+            return teacher
         if given == BASE:
             return BaseTeacher(self.model, self.args.device)
         if given is self.model or given is self._base:
@@ -377,17 +374,6 @@ class DistillTrainer(FuseTrainer):
     def _collate_of_model(self, rows: list) -> dict[str, Any]:
         return self._get_collator_with_removed_columns(self.data_collator)(rows)
 
-    def _covers(self, dataset: Any) -> bool:
-        """Whether caches know a whole evaluation set: if not, its distillation terms are left out."""
-        key = getattr(dataset, "_fingerprint", id(dataset))
-        if key not in self._covered:
-            self._covered[key] = not any(uncovered(each, dataset, self._collate_of_model)[0] for each in self._caches)
-            if not self._covered[key]:
-                logger.warning(
-                    "The teacher's cache lacks rows of the evaluation set: no distillation term is evaluated."
-                )
-        return self._covered[key]
-
     def _of_model(self, inputs: dict[str, Any]) -> dict[str, Any]:
         return {name: value for name, value in super()._of_model(inputs).items() if name != CACHED}
 
@@ -395,18 +381,6 @@ class DistillTrainer(FuseTrainer):
         weights = super()._weights(training)
         left_out = set() if training or self._evaluates_methods else {objective.name for objective in self._methods}
         return {name: weight for name, weight in weights.items() if name not in left_out}
-
-    def _check_cache(self, teacher: CachedTeacher, tokenizer: Any) -> None:
-        if not self._loss_shifts_labels or self._base.get_output_embeddings() is None:
-            raise FuseError(
-                f"{teacher.name}: is for causal language models; the student is a {type(self._base).__name__}."
-            )
-        check_tokenizer(teacher, tokenizer, self._base.config.get_text_config().vocab_size)
-        for objective in self._methods:
-            check_objective(teacher, objective.name, objective.loss, objective.arguments)
-        for objective in self._stateful:
-            if "teacher_logits" in objective.needs.values() and not getattr(objective.loss, "takes_top_k", False):
-                raise FuseError(f"objectives.{objective.name}: needs whole distributions, which a cache doesn't keep.")
 
     def _check_chunks(self) -> None:
         if not self._loss_shifts_labels or self._base.get_output_embeddings() is None:
@@ -434,19 +408,6 @@ class DistillTrainer(FuseTrainer):
             raise FuseError(
                 "The adapter changes the output layer, which chunks use as the base's. Set chunk_size to 0."
             )
-
-
-def _of_revision(teacher: CachedTeacher, args: DistillConfig) -> CachedTeacher:
-    options = dict(args.teacher_model_init_kwargs or {})
-    wanted = options.pop("revision", None)
-    if options:
-        raise FuseError(f"teacher_model_init_kwargs: {next(iter(options))} is for models, and {teacher.name} is none.")
-    if wanted is not None and not (teacher.facts.revision or "").startswith(wanted):
-        raise FuseError(
-            f"{teacher.name}: was made with revision {teacher.facts.revision or 'unknown'} of {teacher.facts.teacher}, "
-            f"expected {wanted}. Make it again with hf-fuse teach."
-        )
-    return teacher
 
 
 def _sequences(labels: Tensor, *, shifted: bool) -> Tensor | None:
