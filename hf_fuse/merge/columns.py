@@ -6,7 +6,7 @@ The coefficients of K models are one matrix ``[K, G]``. Every tensor has its col
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
@@ -31,7 +31,12 @@ class Columns:
 
 
 def columns(
-    units: Iterable[Unit], granularity: Granularity, *, chunks: int | Mapping[str, int] = 1, blocks: str | None = None
+    units: Iterable[Unit],
+    granularity: Granularity,
+    *,
+    chunks: int | Mapping[str, int] = 1,
+    blocks: str | None = None,
+    learned: Collection[str] | None = None,
 ) -> tuple[dict[str, Columns], int]:
     """Columns of every tensor, and how many there are in all.
 
@@ -39,23 +44,28 @@ def columns(
         chunks: per tensor, or for each by name; at most one per element. 0 leaves the tensor one that isn't learned.
         blocks: regular expression; tensors in whose names it finds the same text share a block, and so do all others.
             By default a block is a layer, and what comes before and after the layers is one each.
+        learned: names of the tensors to learn for, if not for all; the others have the last column, not learned.
 
     Raises:
         RecipeError: ``blocks`` is no expression.
     """
-    if granularity == "task":
-        return {unit.name: Columns(0) for unit in units}, 1
-    if granularity == "block":
-        keys = {unit.name: _block(unit.name, blocks) for unit in units}
+    units = list(units)
+    chosen = [unit for unit in units if learned is None or unit.name in learned]
+    found: dict[str, Columns] = {}
+    if granularity in ("task", "block"):
+        keys = {unit.name: None if granularity == "task" else _block(unit.name, blocks) for unit in chosen}
         numbers = {key: number for number, key in enumerate(dict.fromkeys(keys.values()))}
-        return {name: Columns(numbers[key]) for name, key in keys.items()}, len(numbers)
-    found, first = {}, 0
-    for unit in units:
-        wanted = chunks if isinstance(chunks, int) else chunks.get(unit.name, 0)
-        count = max(1, min(wanted, unit.numel)) if granularity == "chunk" else 1
-        found[unit.name] = Columns(first, count, granularity == "tensor" or wanted > 0)
-        first += count
-    return found, first
+        found, count = {name: Columns(numbers[key]) for name, key in keys.items()}, len(numbers)
+    else:
+        count = 0
+        for unit in chosen:
+            wanted = 1 if granularity == "tensor" else chunks if isinstance(chunks, int) else chunks.get(unit.name, 0)
+            found[unit.name] = Columns(count, max(1, min(wanted, unit.numel)), wanted > 0)
+            count += found[unit.name].count
+    if len(chosen) < len(units):
+        found |= {unit.name: Columns(count, learned=False) for unit in units if unit.name not in found}
+        count += 1
+    return found, count
 
 
 def _block(name: str, pattern: str | None) -> object:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from hf_fuse.checkpoint.adapter import is_adapter
 from hf_fuse.checkpoint.reader import Checkpoint, FilePool, open_checkpoint, resolve
-from hf_fuse.errors import RecipeError
+from hf_fuse.errors import CheckpointError, RecipeError
 from hf_fuse.evaluation_models import Candidate, candidates, check_device, loaded
 from hf_fuse.merge.columns import Columns
 from hf_fuse.merge.contraction import Contraction
@@ -111,14 +111,20 @@ class Family:
         """The live model's contraction with columns for the units in ``layout``; see there for ``options``."""
         return Contraction(self.model, self.merger, self.plan.units, layout, count, **options)
 
-    def put_head(self, number: int) -> None:
-        """Gives the live model the head of one of the models, if they keep their own."""
+    def put_head(self, number: int | None) -> None:
+        """Gives the live model the head of one of the models, or of the base, if they keep their own.
+
+        Raises:
+            CheckpointError: the base has none.
+        """
         if not self.heads:
             return
-        parent = self.models[number]
+        parent = self.plan.parents[self.recipe.base_model.key] if number is None else self.models[number]
         infos = {**parent.checkpoint.tensors, **(parent.adapter.replaced if parent.adapter else {})}
         buffers = Buffers(torch.device("cpu"), torch.float32, FilePool())
         for stored, name in self._live_heads.items():
+            if stored not in infos:
+                raise CheckpointError(f"{parent.ref.key}: has no tensor {stored}, which a head for its data needs.")
             info = infos[stored]
             values = torch.empty(info.numel)
             read_numbers(info, 0, values, buffers)
@@ -166,14 +172,15 @@ def open_family(recipe: LearnRecipe) -> Family:
     kind = next(iter(kinds))
     plan = planned(_merging(recipe, kind))
     own = _candidates(plan, recipe, kind)
+    origin = own[None if plan.recipe.heads is None or plan.recipe.heads.key == recipe.base_model.key else 0]
     tasks = []
     for name, number, entry, rows, _, labelled in read:
-        data = encoded_examples(rows, recipe, entry, own[number or 0])
+        data = encoded_examples(rows, recipe, entry, own[number])
         tasks.append(Task(name, number, data, labelled))
     control = tasks.pop() if recipe.control else None
     merger = _measured(plan, recipe)
     heads = sorted(head_tensors(plan.parents[plan.recipe.heads.key].checkpoint)) if plan.recipe.heads else []
-    return Family(recipe, kind, plan, merger, tasks, _origin(plan, own, kind), control, heads)
+    return Family(recipe, kind, plan, merger, tasks, origin, control, heads)
 
 
 def _first_whole_model(recipe: LearnRecipe) -> Checkpoint:
@@ -190,22 +197,17 @@ def _merging(recipe: LearnRecipe, kind: str) -> dict[str, Any]:
     models = [model.model_dump(exclude={"data"}, exclude_none=True) for model in recipe.models]
     said = {"method": method, "base_model": recipe.base_model.model_dump(exclude_none=True), "models": models}
     if kind != "causal" and recipe.heads == "own":
-        said["heads"] = {key: value for key, value in models[0].items() if key not in ("weight", "parameters")}
+        said["heads"] = models[0] if recipe.models[0].data else said["base_model"]
     return said | {"parameters": parameters, "seed": recipe.seed}
 
 
-def _candidates(plan: Plan, recipe: LearnRecipe, kind: str) -> list[Candidate]:
-    """Config and tokenizer or image processor of every model; adapters have those of the base."""
-    parents = [plan.parents[model.key] for model in recipe.models]
-    folders = [str(parent.checkpoint.folder) for parent in parents]
-    return [candidates([folder], kind)[0] for folder in folders]
-
-
-def _origin(plan: Plan, own: list[Candidate], kind: str) -> Candidate:
-    """What the live model is loaded from: the base, or where that need not have a head, the first model."""
-    if plan.recipe.heads is not None:
-        return own[0]
-    return candidates([str(plan.reference.checkpoint.folder)], kind)[0]
+def _candidates(plan: Plan, recipe: LearnRecipe, kind: str) -> dict[int | None, Candidate]:
+    """Config and tokenizer or image processor of every model with data, by number, and those of the base (None) where
+    they are needed; adapters have those of the base."""
+    wanted = {number: model.key for number, model in enumerate(recipe.models) if model.data}
+    if kind == "causal" or recipe.data or recipe.control or recipe.heads == "merged":
+        wanted |= {None: recipe.base_model.key}
+    return {number: candidates([str(plan.parents[key].checkpoint.folder)], kind)[0] for number, key in wanted.items()}
 
 
 def _measured(plan: Plan, recipe: LearnRecipe) -> Merger:

@@ -5,8 +5,10 @@ N predictions of a batch (examples of a classifier, next tokens of a language mo
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
@@ -42,5 +44,18 @@ def entropy(logits_NC: Tensor) -> Tensor:
 
 
 def mean_cross_entropy(model: Any, batch: dict[str, Tensor]) -> Tensor:
+    """Of a batch's predictions, with the labels that it has."""
     logits_NC, labels_N = predictions(model, batch)
     return cross_entropy(logits_NC, labels_N)
+
+
+@torch.no_grad()
+def scores(model: Any, batches: Iterable[dict[str, Tensor]]) -> tuple[float, float]:
+    """Share of the predictions that are right, and the mean cross-entropy, over all of the batches."""
+    right, total, count = 0, 0.0, 0
+    for batch in batches:
+        logits_NC, labels_N = predictions(model, batch)
+        right += int((logits_NC.argmax(-1) == labels_N).sum())
+        total += cross_entropy(logits_NC, labels_N, reduction="sum").item()
+        count += len(labels_N)
+    return right / count, total / count
