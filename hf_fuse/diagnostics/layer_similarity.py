@@ -51,7 +51,8 @@ class LayerSimilarity:
         rows, columns = ([f"layer {n}" for n in range(size)] for size in self.cka.shape)
         first, second = self.names
         return heat_map(
-            self.cka.tolist(), row_labels=rows, column_labels=columns, path=path, title=f"CKA of {first} (rows) and {second}",
+            self.cka.tolist(), row_labels=rows, column_labels=columns, path=path,
+            title=f"CKA of {first} (rows) and {second}",
             value_range=(0.0, 1.0),
         )  # fmt: skip
 
