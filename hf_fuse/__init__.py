@@ -36,6 +36,8 @@ _PUBLIC = {
     "FuseTrainer": "hf_fuse.trainer",
     "FuseConfig": "hf_fuse.trainer_config",
     "teach": "hf_fuse.distill.teach",
+    "fuse": "hf_fuse.distill.fusion",
+    "AlignedTeacher": "hf_fuse.distill.aligned_teacher",
     "sigma_reparametrise": "hf_fuse.sigma_reparametrisation",
     "fold_sigma": "hf_fuse.sigma_reparametrisation",
     "DistillTrainer": "hf_fuse.distill.trainer",

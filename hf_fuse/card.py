@@ -42,6 +42,7 @@ COMMANDS = {
     "train": ("trained", "training"),
     "compress": ("compressed", "compression"),
     "align": ("aligned", "alignment"),
+    "fuse": ("fused", "fusion"),
 }
 SEQ2SEQ = re.compile(
     r"(MT5|UMT5|LongT5|T5|MBart|Bart|BigBirdPegasus|PegasusX?|LED|Blenderbot(Small)?|M2M100|ProphetNet|NllbMoe|"

@@ -16,6 +16,7 @@ COMMANDS = (
     "sweep",
     "train",
     "teach",
+    "fuse",
     "compress",
     "generate",
     "learn",
