@@ -1,6 +1,6 @@
 """What TGeo-KD makes its ratio of: features of a prediction, a controller, and the derivative that it learns from.
 
-N predictions, V tokens or classes (C of a classifier), F features.
+N predictions, V tokens or classes (C of a classifier), O outcomes (the V, or K of them and the rest), F features.
 """
 
 from __future__ import annotations
@@ -13,6 +13,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.optim.adam import adam
 
+from hf_fuse.distill.methods._distributions import log_distributions
+from hf_fuse.distill.top_k import TopK
+from hf_fuse.errors import FuseError
+
 LOWEST, HIGHEST = 0.05, 0.95
 WIDTHS = (32, 16)
 SCALARS = 8
@@ -23,37 +27,50 @@ def wide(logits: Tensor) -> Tensor:
     return logits if logits.dtype == torch.float64 else logits.float()
 
 
-def gaps(student_NV: Tensor, teacher_NV: Tensor, labels_N: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
-    """``T^2 KL(teacher || student)`` and the cross-entropy of each prediction, ``(N,)`` both."""
-    student_NV, teacher_NV = wide(student_NV), wide(teacher_NV)
-    kl_N = F.kl_div(
-        (student_NV / temperature).log_softmax(-1),
-        (teacher_NV / temperature).log_softmax(-1),
-        reduction="none",
-        log_target=True,
-    ).sum(-1)
-    return temperature**2 * kl_N, F.cross_entropy(student_NV, labels_N, reduction="none")
+def gaps(student_NV: Tensor, teacher_NV: Tensor | TopK, labels_N: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+    """``T^2 KL(teacher || student)`` and the cross-entropy of each prediction, ``(N,)`` both.
+
+    Raises:
+        FuseError: a top-K was taken at another temperature.
+    """
+    student_NO, teacher_NO = _outcomes(student_NV, teacher_NV, temperature)
+    kl_N = (teacher_NO.exp() * (teacher_NO - student_NO)).sum(-1)
+    return temperature**2 * kl_N, F.cross_entropy(wide(student_NV), labels_N, reduction="none")
 
 
 @torch.no_grad()
-def scalar_features(student_NV: Tensor, teacher_NV: Tensor, labels_N: Tensor) -> Tensor:
+def scalar_features(student_NV: Tensor, teacher_NV: Tensor | TopK, labels_N: Tensor) -> Tensor:
     """The triangle of student S, teacher T and label G in numbers that don't grow with the vocabulary, ``(N, 8)``.
 
     Squared distances S-T, S-G, T-G, Jensen-Shannon divergence of S and T in units of log 2, probabilities of the label,
-    entropies in units of log V.
+    entropies in units of log V. With a top-K, at its temperature, and as far as its K tokens and their rest can tell.
+
+    Raises:
+        FuseError: a top-K without the labels' probabilities.
     """
-    log_s, log_t = wide(student_NV).log_softmax(-1), wide(teacher_NV).log_softmax(-1)
-    s_NV, t_NV = log_s.exp(), log_t.exp()
-    at_label = [probabilities.gather(-1, labels_N.unsqueeze(-1)).squeeze(-1) for probabilities in (s_NV, t_NV)]
-    squares = [probabilities.square().sum(-1) for probabilities in (s_NV, t_NV)]
-    entropies = [torch.special.entr(probabilities).sum(-1) for probabilities in (s_NV, t_NV)]
-    mixed_N = torch.special.entr((s_NV + t_NV) / 2).sum(-1) - sum(entropies) / 2
-    to_label = [square + 1 - 2 * label for square, label in zip(squares, at_label)]
+    temperature, labels_N1 = getattr(teacher_NV, "temperature", 1.0), labels_N.unsqueeze(-1)
+    s_NO, t_NO = (log_probs_NO.exp() for log_probs_NO in _outcomes(student_NV, teacher_NV, temperature))
+    if not isinstance(teacher_NV, TopK):
+        teacher_at_label_N = t_NO.gather(-1, labels_N1).squeeze(-1)
+    elif teacher_NV.label_log_prob_N is not None:
+        teacher_at_label_N = teacher_NV.label_log_prob_N.float().exp()
+    else:
+        raise FuseError("tgeo: the teacher's top-K lacks the labels' probabilities. Make it with the labels.")
+    at_label = [(wide(student_NV) / temperature).softmax(-1).gather(-1, labels_N1).squeeze(-1), teacher_at_label_N]
+    to_label = [probs_NO.square().sum(-1) + 1 - 2 * label_N for probs_NO, label_N in zip((s_NO, t_NO), at_label)]
+    entropies = [torch.special.entr(probs_NO).sum(-1) for probs_NO in (s_NO, t_NO)]
+    divergence_N = torch.special.entr((s_NO + t_NO) / 2).sum(-1) - sum(entropies) / 2
     most = math.log(max(student_NV.shape[-1], 2))
-    return torch.stack(
-        [(s_NV - t_NV).square().sum(-1), *to_label, mixed_N / math.log(2), *at_label, *(e / most for e in entropies)],
-        -1,
-    )
+    between = [(s_NO - t_NO).square().sum(-1), *to_label, divergence_N / math.log(2)]
+    return torch.stack([*between, *at_label, *(entropy_N / most for entropy_N in entropies)], -1)
+
+
+def _outcomes(student_NV: Tensor, teacher_NV: Tensor | TopK, temperature: float) -> tuple[Tensor, Tensor]:
+    """Log probabilities ``(N, O)`` of both."""
+    if isinstance(teacher_NV, TopK):
+        return log_distributions(student_NV, teacher_NV, temperature)
+    student_NV, teacher_NV = (wide(logits_NV) / temperature for logits_NV in (student_NV, teacher_NV))
+    return student_NV.log_softmax(-1), teacher_NV.log_softmax(-1)
 
 
 @torch.no_grad()

@@ -9,6 +9,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from training_cases import train
 
 from hf_fuse.distill.fusion_ratio import SCALARS, Controller, gaps, scalar_features, slopes, vector_features
+from hf_fuse.distill.top_k import TopK
+from hf_fuse.errors import FuseError
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*gradient_checkpointing.*:FutureWarning")
 
@@ -129,6 +131,21 @@ def test_features_tell_where_the_three_stand():
     s, t, g, m = (row.double() for row in rows)
     expected = [s, t, g, m, *((a - b) ** 2 for a, b in ((m, s), (g, s), (t, s), (t, g), (m, g)))]
     torch.testing.assert_close(vectors, torch.stack(expected))
+
+
+def test_a_teachers_top_k_is_as_good_where_it_holds_everything():
+    student, teacher, labels = draw(4, 5).float(), draw(4, 5, seed=1).float(), torch.tensor([0, 3, 1, 4])
+    whole = TopK.of(teacher, 5, labels)
+    for found, expected in zip(gaps(student, whole, labels, 1.0), gaps(student, teacher, labels, 1.0)):
+        torch.testing.assert_close(found, expected)
+    torch.testing.assert_close(scalar_features(student, whole, labels), scalar_features(student, teacher, labels))
+    part = TopK.of(teacher, 2, labels, temperature=1.5)
+    assert (gaps(student, part, labels, 1.5)[0] < gaps(student, teacher, labels, 1.5)[0]).all()
+    found = scalar_features(student, part, labels)
+    torch.testing.assert_close(found, scalar_features(student / 1.5, TopK.of(teacher / 1.5, 2, labels), labels))
+    torch.testing.assert_close(found[:, 5], (teacher / 1.5).softmax(-1).gather(-1, labels[:, None])[:, 0])
+    with pytest.raises(FuseError, match="lacks the labels"):
+        scalar_features(student, TopK.of(teacher, 2), labels)
 
 
 def test_class_means_are_the_teachers(tmp_path):

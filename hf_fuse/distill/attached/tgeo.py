@@ -22,6 +22,7 @@ from hf_fuse.distill.fusion_ratio import (
     vector_features,
     wide,
 )
+from hf_fuse.distill.top_k import TopK
 from hf_fuse.errors import FuseError
 from hf_fuse.registry import Between
 
@@ -42,7 +43,7 @@ class tgeo(nn.Module):
 
     Features of classifiers with up to 100 classes are the paper's: probabilities of student and teacher, label, mean of
     the teacher for the class, and their squared differences. Otherwise, as for language models, eight distances,
-    probabilities and entropies per prediction.
+    probabilities and entropies per prediction; these can be made from a teacher's cache too.
 
     Args:
         temperature: T, divides both logits of the divergence.
@@ -52,6 +53,8 @@ class tgeo(nn.Module):
         weight_decay: of the same AdamW.
         mean_momentum: how much of the teacher's mean for a class stays at an optimizer step.
     """
+
+    takes_top_k = True
 
     def __init__(
         self,
@@ -83,16 +86,22 @@ class tgeo(nn.Module):
         trainer.train_dataset, self._validation = _split(trainer.train_dataset, self.held_out, trainer.args.seed)
         trainer.add_callback(_Moments(self._begin, self._end))
 
-    def forward(self, logits_NC: Tensor, teacher_logits_NC: Tensor, labels_N: Tensor, inputs: dict[str, Any]) -> Tensor:
+    def forward(
+        self, logits_NC: Tensor, teacher_logits_NC: Tensor | TopK, labels_N: Tensor, inputs: dict[str, Any]
+    ) -> Tensor:
         """
         Args:
             logits_NC: the student's, of the predictions that have a label.
-            teacher_logits_NC: for the same predictions.
+            teacher_logits_NC: for the same predictions, or the top-K of them at the same temperature.
             labels_N: class or token ids.
             inputs: the batch.
         """
-        width = min(logits_NC.shape[-1], teacher_logits_NC.shape[-1])
-        logits_NC, teacher_logits_NC = logits_NC[:, :width], teacher_logits_NC[:, :width]
+        # What lies beyond the smaller vocabulary is padding.
+        if isinstance(teacher_logits_NC, TopK):
+            teacher_logits_NC = teacher_logits_NC.within(logits_NC.shape[-1])
+        else:
+            width = min(logits_NC.shape[-1], teacher_logits_NC.shape[-1])
+            logits_NC, teacher_logits_NC = logits_NC[:, :width], teacher_logits_NC[:, :width]
         features_NF = self._features(logits_NC, teacher_logits_NC, labels_N)
         if self._step.before or self.classes:
             self._step.add(inputs, teacher_logits_NC, labels_N, features_NF)
@@ -100,7 +109,7 @@ class tgeo(nn.Module):
         kl_N, entropy_N = gaps(logits_NC, teacher_logits_NC, labels_N, self.temperature)
         return (ratio_N * kl_N + (1 - ratio_N) * entropy_N).sum() / max(len(labels_N), 1)
 
-    def _features(self, logits_NC: Tensor, teacher_NC: Tensor, labels_N: Tensor) -> Tensor:
+    def _features(self, logits_NC: Tensor, teacher_NC: Tensor | TopK, labels_N: Tensor) -> Tensor:
         if not self.classes:
             return scalar_features(logits_NC, teacher_NC, labels_N)
         probabilities_NC = wide(teacher_NC).softmax(-1)
@@ -135,7 +144,9 @@ class tgeo(nn.Module):
         values = []
         for inputs, teacher_NC, labels_N, _ in step.batches:
             logits_NC, _ = self._trainer.predictions(self._trainer.student(**_unlabelled(inputs)), inputs)
-            kl_N, entropy_N = gaps(logits_NC[:, : teacher_NC.shape[-1]], teacher_NC, labels_N, self.temperature)
+            if isinstance(teacher_NC, Tensor):
+                logits_NC = logits_NC[:, : teacher_NC.shape[-1]]
+            kl_N, entropy_N = gaps(logits_NC, teacher_NC, labels_N, self.temperature)
             values.append(kl_N - entropy_N)
         return torch.cat(values)
 
