@@ -26,7 +26,12 @@ from hf_fuse.replay import REPLAY, ReplayStream
 if TYPE_CHECKING:
     from hf_fuse.trainer import FuseTrainer
 
-OLD = {"old_features", "old_head", "old_bias", "old_class_means"}
+# What must be given for what losses ask for.
+FROM = {
+    "old_model": ("old_features", "old_head", "old_bias", "old_class_means"),
+    "replay_dataset": ("replay_logits", "replay_labels"),
+    "mixup_alpha": ("partner_labels", "shares"),
+}
 # Without gradients or dropout they can't be computed, or say nothing.
 ONLY_IN_TRAINING = {"second_logits", "second_features", "logits_at", "features_at"}
 
@@ -44,27 +49,27 @@ class ExtraPasses:
     """
 
     def __init__(self, trainer: FuseTrainer, old_model: nn.Module | str | None, replay_dataset: Any) -> None:
-        self._trainer = trainer
-        required = {name: o.name for o in trainer.objectives for name in o.required}
+        self._trainer, self._replay_dataset = trainer, replay_dataset
+        given = {"old_model": old_model, "replay_dataset": replay_dataset, "mixup_alpha": trainer.args.mixup_alpha}
+        required = {name: objective.name for objective in trainer.objectives for name in objective.required}
         wanted = {name for objective in trainer.objectives for name in objective.needs.values()}
-        for what, names in (
-            ("old_model", wanted & OLD),
-            ("replay_dataset", wanted & {"replay_logits"}),
-            ("mixup_alpha", wanted & {"partner_labels"}),
-        ):
-            given = {"old_model": old_model, "replay_dataset": replay_dataset, "mixup_alpha": trainer.args.mixup_alpha}
+        for source, names in FROM.items():
             user = next((required[name] for name in names if name in required), None)
-            if user and not given[what]:
-                raise FuseError(f"objectives.{user}: needs {what}. Give it to the FuseTrainer or its FuseConfig.")
-            if given[what] and not names:
-                raise FuseError(f"{what} is given, but none of the objectives uses it.")
-        if trainer.args.mixup_alpha and not trainer._untasked:
+            if user and not given[source]:
+                raise FuseError(f"objectives.{user}: needs {source}. Give it to the FuseTrainer or its FuseConfig.")
+            if given[source] and wanted.isdisjoint(names):
+                raise FuseError(f"{source} is given, but none of the objectives uses it.")
+        if given["mixup_alpha"] and not trainer._untasked:
             raise FuseError(
                 "mixup_alpha: the task loss knows only one of the two labels of a mixed sample. Set objectives.task to "
                 "0; decoupled_mixup contains the cross-entropy of both."
             )
         self._old = OldModel(old_model, trainer.args.device) if old_model is not None else None
-        self._replay_dataset = replay_dataset
+        # Before the training rather than at its first step.
+        if "head" in required:
+            self._check_classifier(trainer._base)
+        if "old_head" in required:
+            self._check_classifier(self._old.model)
 
     # ---- what goes in and on
 
@@ -109,12 +114,13 @@ class ExtraPasses:
         if "partner_labels" in needed and PARTNERS in inputs:
             found |= _partners(inputs, labels)
         if needed & {"head", "head_bias"}:
-            classifier = self._classifier
+            classifier = classifier_of(base)
             found |= {"head": classifier.weight, "head_bias": classifier.bias}
         if needed & {"replay_logits", "replay_labels"} and REPLAY in inputs:
             found |= self._replayed(model, inputs[REPLAY])
         if needed & {"old_head", "old_bias"}:
-            found |= {"old_head": self._old.classifier.weight, "old_bias": self._old.classifier.bias}
+            classifier = classifier_of(self._old.model)
+            found |= {"old_head": classifier.weight, "old_bias": classifier.bias}
         if "old_features" in needed:
             found["old_features"] = of_labelled(self._old.features(self._trainer._of_model(inputs)), labels)
         if "old_class_means" in needed:
@@ -162,14 +168,13 @@ class ExtraPasses:
 
     # ---- what stays
 
-    @cached_property
-    def _classifier(self) -> nn.Linear:
-        found = classifier_of(self._trainer._base)
-        if found is None:
+    @staticmethod
+    def _check_classifier(model: nn.Module) -> None:
+        if classifier_of(model) is None:
             raise FuseError(
-                f"The head of {type(self._trainer._base).__name__} is none of whole samples, which the loss needs."
+                f"objectives: one needs the classifier of whole samples, but {type(model).__name__} has none. Load the "
+                "model as AutoModelForSequenceClassification, AutoModelForImageClassification or the like."
             )
-        return found
 
     @cached_property
     def replay(self) -> ReplayStream | None:
@@ -196,7 +201,7 @@ class ExtraPasses:
         with torch.random.fork_rng(devices=[]):
             sums_CD, counts_C = self._old.class_sums(batches, trainer._base.config.num_labels)
         sums_CD, counts_C = (trainer.accelerator.reduce(value, "sum") for value in (sums_CD, counts_C))
-        return (sums_CD / counts_C.unsqueeze(-1)).float()  # 0 / 0 is NaN
+        return sums_CD / counts_C.unsqueeze(-1)  # 0 / 0 is NaN
 
 
 def _unlabelled(inputs: dict[str, Any]) -> dict[str, Any]:

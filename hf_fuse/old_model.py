@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from hf_fuse.batch_counts import IGNORED
 from hf_fuse.errors import FuseError
 from hf_fuse.loss_inputs import forward_options
-from hf_fuse.model_features import classifier_inputs, classifier_of, feature_size, sample_features
+from hf_fuse.model_features import classifier_inputs, feature_size, sample_features
 
 
 class OldModel:
@@ -35,21 +35,6 @@ class OldModel:
         self.model = model.eval().requires_grad_(False).to(device)
         self._device = device
 
-    @property
-    def classifier(self) -> nn.Linear:
-        """Its last layer.
-
-        Raises:
-            FuseError: it classifies nothing.
-        """
-        found = classifier_of(self.model)
-        if found is None:
-            raise FuseError(
-                f"old_model: {type(self.model).__name__} has no classifier of whole samples, which the loss compares "
-                "with. Use a loss that needs old_features or old_class_means (hoc, oca)."
-            )
-        return found
-
     @torch.no_grad()
     def features(self, inputs: dict[str, Any]) -> Tensor:
         """``(B, D)`` of a batch, of which it takes the columns that it knows."""
@@ -61,15 +46,16 @@ class OldModel:
 
     def class_sums(self, batches: Iterable[dict[str, Any]], classes: int) -> tuple[Tensor, Tensor]:
         """Sums of the features of each class ``(C, D)``, and how many samples it has ``(C,)``."""
-        sums_CD = torch.zeros(classes, feature_size(self.model), dtype=torch.float64, device=self._device)
-        counts_C = torch.zeros(classes, dtype=torch.float64, device=self._device)
+        # On the CPU: not every device adds up in double precision.
+        sums_CD = torch.zeros(classes, feature_size(self.model), dtype=torch.float64)
+        counts_C = torch.zeros(classes)
         for batch in batches:
             batch = {name: v.to(self._device) for name, v in batch.items() if isinstance(v, Tensor)}
             kept = batch["labels"] != IGNORED
-            labels = batch["labels"][kept]
-            sums_CD.index_add_(0, labels, self.features(batch)[kept].double())
+            labels = batch["labels"][kept].cpu()
+            sums_CD.index_add_(0, labels, self.features(batch)[kept].cpu().double())
             counts_C += torch.bincount(labels, minlength=classes)
-        return sums_CD, counts_C
+        return sums_CD.float().to(self._device), counts_C.to(self._device)
 
 
 def _loaded(name: str) -> nn.Module:

@@ -221,15 +221,17 @@ def test_old_features_and_means_are_those_of_the_old_model(tmp_path, third_party
 
 def test_old_models_of_other_kinds(tmp_path):
     with pytest.raises(FuseError, match="old_model nowhere: can't be loaded"):
-        make_trainer("old", tmp_path, 8, 1, old_model=lambda: str("nowhere"))
+        make_trainer("old", tmp_path, 8, 1, old_model=lambda: "nowhere")
     old_bert().save_pretrained(tmp_path / "old")
     from_folder = train(make_trainer("old", tmp_path, 8, 1, old_model=lambda: str(tmp_path / "old")))
     given = train(make_trainer("old", tmp_path, 8, 1))
     assert from_folder[0][0]["bct"] == pytest.approx(given[0][0]["bct"], rel=1e-6)
     encoder = transformers.BertModel(transformers.BertConfig(vocab_size=32, hidden_size=16, num_hidden_layers=1,
                                                              num_attention_heads=2, intermediate_size=8))  # fmt: skip
-    with pytest.raises(FuseError, match="BertModel has no classifier of whole samples"):
-        train(make_trainer("old", tmp_path, 8, 1, old_model=lambda: encoder, objectives={"bct": 1.0}))
+    with pytest.raises(FuseError, match="classifier of whole samples, but BertModel has none"):
+        make_trainer("old", tmp_path, 8, 1, old_model=lambda: encoder, objectives={"bct": 1.0})
+    with pytest.raises(FuseError, match="but LlamaForCausalLM has none.*AutoModelForSequenceClassification"):
+        make_trainer("language", tmp_path, 8, 1, objectives={"nested_dropout": 1.0})
 
 
 # ---- curricula, attention
