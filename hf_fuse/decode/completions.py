@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from tqdm import tqdm
-from transformers import PreTrainedTokenizerBase
+from transformers import GenerationMixin, PreTrainedTokenizerBase
 
 from hf_fuse.distill.teachers import tokenizer_of
 from hf_fuse.errors import FuseError
@@ -68,12 +68,14 @@ def completions(
     ids = [encoded(tokenizer, prompt, chat) for prompt in prompts]
     if not {"max_new_tokens", "max_length"} & generation.keys():
         generation["max_new_tokens"] = NEW_TOKENS
-    context = context_length(model.config)
+    # Each of several models has to hold all of the text.
+    contexts = [context_length(part.config) for part in model.modules() if isinstance(part, GenerationMixin)]
+    context = min(filter(None, contexts), default=None)
     longest = max(map(len, ids), default=0)
     if context and longest + generation.get("max_new_tokens", 0) > context:
         raise FuseError(
-            f"a prompt has {longest} tokens, and {generation.get('max_new_tokens', 0)} more are asked for, but the "
-            f"model reads {context} at most. Shorten it, or lower max_new_tokens."
+            f"a prompt has {longest} tokens, and {generation.get('max_new_tokens', 0)} more are asked for, but not "
+            f"more than {context} can be read. Shorten it, or lower max_new_tokens."
         )
     if "stop_strings" in generation:
         generation["tokenizer"] = tokenizer

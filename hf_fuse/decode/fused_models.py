@@ -9,6 +9,7 @@ B sequences, S positions, V vocabulary.
 
 from __future__ import annotations
 
+import copy
 import inspect
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -24,13 +25,15 @@ from hf_fuse.decode.vocabularies import plain_model, shared_vocabulary
 from hf_fuse.errors import FuseError
 
 Fusion = Callable[[list[Tensor]], Tensor]
-# Arguments of generate() whose decoding would need more of a cache than several models' caches together can do.
+# Arguments of generate() that make no sense for several models.
 REFUSED = {
     "assistant_model": "assisted decoding rolls the cache back",
     "prompt_lookup_num_tokens": "prompt lookup rolls the cache back",
     "assistant_early_exit": "assisted decoding rolls the cache back",
     "cache_implementation": "each model keeps its own default cache",
-    "inputs_embeds": "each model has embeddings of its own; give input_ids",
+    "inputs_embeds": "each model has embeddings of its own (give input_ids)",
+    "output_attentions": "there are several",
+    "output_hidden_states": "there are several",
 }
 
 
@@ -60,8 +63,8 @@ class FusedModels(nn.Module, GenerationMixin):
 
     Args:
         models: the first one's config and generation config count. A model may be there twice.
-        fuse: gets each model's logits ``(B, S, V)`` in fp32 on the first model's device, returns fused ones; not used
-            with less than the vocabulary that all models have.
+        fuse: gets each model's logits ``(B, S, V)``, cut to the vocabulary that all models have, in fp32 on the first
+            model's device; returns fused ones.
         contexts: entered around each model's forward pass, to change what it does there.
 
     Raises:
@@ -79,6 +82,8 @@ class FusedModels(nn.Module, GenerationMixin):
         self.fuse = fuse
         self.contexts = contexts or [nullcontext] * len(models)
         self.vocabulary = shared_vocabulary(models)
+        self.generation_config = copy.deepcopy(models[0].generation_config)
+        self.generation_config.cache_implementation = None  # some checkpoints ask for one that suits a single model
         self.accepted = [set(inspect.signature(plain_model(model).forward).parameters) for model in models]
 
     def __getattr__(self, name: str) -> Any:
@@ -135,7 +140,8 @@ class FusedModels(nn.Module, GenerationMixin):
         """
         settings = generation_config or self.generation_config
         for name, reason in REFUSED.items():
-            if kwargs.get(name, getattr(settings, name, None)) is not None:
+            said = kwargs.get(name, getattr(settings, name, None))
+            if said is not None and said is not False:
                 raise FuseError(f"{name}: not possible with fused models, because {reason}. Leave it out.")
         if kwargs.get("past_key_values") is None and kwargs.get("use_cache", settings.use_cache) is not False:
             kwargs["past_key_values"] = FusedCache(len(self.models))

@@ -211,6 +211,12 @@ def test_a_vocabulary_smaller_than_the_tokenizer_is_refused(models, tmp_path):
         ensemble(given)
 
 
+def test_a_checkpoint_s_own_wish_for_a_cache_is_no_obstacle(models, prompts):
+    wishful = copy.deepcopy(models[0])
+    wishful.generation_config.cache_implementation = "static"
+    assert torch.equal(generate(ensemble([wishful, models[1]]), prompts), generate(ensemble(models[:2]), prompts))
+
+
 def test_what_several_models_cannot_do_is_refused(models, prompts):
     from tiny_adapters import bert, t5
 
@@ -219,6 +225,7 @@ def test_what_several_models_cannot_do_is_refused(models, prompts):
         {"assistant_model": models[1]},
         {"prompt_lookup_num_tokens": 2},
         {"cache_implementation": "static"},
+        {"output_attentions": True},
     ):
         with pytest.raises(FuseError, match=f"{next(iter(setting))}: not possible with fused models"):
             generate(fused, prompts, **setting)

@@ -40,8 +40,9 @@ def folder(tmp_path_factory):
     root = tmp_path_factory.mktemp("decode")
     tokenizer = byte_tokenizer(4096)
     tokenizer.chat_template = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}<assistant>"
-    for seed, name in enumerate(("base", "expert-source", "expert-docs", "expert-manual", "small")):
-        size = ModelSize(hidden=16, feed_forward=24, layers=1 if name == "small" else 2, heads=2, context=4096)
+    for seed, name in enumerate(("base", "expert-source", "expert-docs", "expert-manual", "short", "small")):
+        context = 256 if name == "short" else 4096
+        size = ModelSize(hidden=16, feed_forward=24, layers=1 if name == "small" else 2, heads=2, context=context)
         model = new_model(size, tokenizer, seed=seed)
         with torch.no_grad():  # most random bytes are no text
             model.get_input_embeddings().weight[128:] = 0
@@ -138,10 +139,7 @@ def test_what_is_wrong_is_told_before_any_work(capsys, monkeypatch, tmp_path):
         (("a", "--method", "ties"), "ties works on weights"),
         (("a", "--generation.top_q", 1), "generation: no setting is called 'top_q'. Did you mean 'top_"),
         (("a", "--generation.num_beams", -1), "num_beams is -1, expected an integer >= 1"),
-        (
-            ("a", "--generation.temperature", "hot", "--generation.do_sample", "true"),
-            "generation: `temperature` (=hot) has to be",
-        ),
+        (("a", "--generation.early_stopping", "maybe"), "generation: `early_stopping` must be"),
         (("a", "--parameters.alpha", ".nan"), "alpha is nan, expected float [-100, 100]"),
         (("a", "--device", "nowhere"), "device 'nowhere'"),
         (("a", "b"), "'b' is one argument too many"),
@@ -162,7 +160,12 @@ def test_what_is_wrong_is_told_before_any_work(capsys, monkeypatch, tmp_path):
 
 
 def test_what_only_the_models_can_tell(capsys):
-    assert "reads 4096 at most" in failure(capsys, "a", "--fuse", "proxy.yaml", "--generation.max_new_tokens", 4096)
+    assert "not more than 4096 can be read" in failure(
+        capsys, "a", "--fuse", "proxy.yaml", "--generation.max_new_tokens", 4096
+    )
+    hf_fuse.generate(PROXY, "a" * 300)
+    with pytest.raises(FuseError, match="not more than 256 can be read"):
+        hf_fuse.generate(PROXY | {"experts": "hf-fuse-demo/short"}, "a" * 300)
     assert "assisted" in failure(capsys, "a", "--fuse", "proxy.yaml", "--generation.assistant_early_exit", 1)
     assert "generation: " in failure(capsys, "a", "--fuse", "proxy.yaml", "--generation.num_return_sequences", 2)
     with pytest.raises(CheckpointError, match="not a causal language model"):
