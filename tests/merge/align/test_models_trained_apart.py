@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -78,6 +79,14 @@ def test_pleas_comes_near_the_parents_where_their_mean_fails(apart, digits, tmp_
     assert accuracy(mean, digits) < parents - 0.2
     assert accuracy(made.output, digits) > parents - 0.1
     assert t.AutoConfig.from_pretrained(made.output).intermediate_size == 96
+
+
+def test_the_study_runs(monkeypatch):
+    monkeypatch.syspath_prepend(Path(__file__).parents[3] / "recipes")
+    from models_trained_apart import ROWS, main
+
+    found = main(["--pairs", "1", "--steps", "2", "--examples", "10"])
+    assert found.keys() == {"models", "mean", *ROWS} and all(0 <= value <= 1 for (value,) in found.values())
 
 
 def test_a_barrier_is_what_rises_above_the_line_between_the_ends():
