@@ -55,6 +55,7 @@ _PUBLIC = {
     "PstSchedule": "hf_fuse.adapters.pst_schedule",
     "select": "hf_fuse.data.selection",
     "dmt_stages": "hf_fuse.data.dmt",
+    "FladTrainer": "hf_fuse.data.flad",
     "class_balanced": "hf_fuse.data.class_balanced",
     "step_law": "hf_fuse.data.step_law",
     "EncoderFeatures": "hf_fuse.heads.features",

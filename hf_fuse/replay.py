@@ -48,6 +48,13 @@ class ReplayStream:
         self._process, self._processes, self._accumulation = process, processes, accumulation
         self._order: tuple[int, list[int]] = (-1, [])
 
+    def of(self, dataset: Any) -> ReplayStream:
+        """The same for another data set."""
+        return ReplayStream(
+            dataset, self._collate, batch_size=self._batch_size, accumulation=self._accumulation, seed=self._seed,
+            process=self._process, processes=self._processes,
+        )  # fmt: skip
+
     def micro_batches(self, step: int, count: int) -> list[dict[str, Any]]:
         """The first ``count`` of this process at the optimizer step number ``step``."""
         whole = self._accumulation * self._processes
