@@ -4,9 +4,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 from attached_cases import images, make_trainer, vit
+from cached_cases import write_cache
 from torch.func import functional_call
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from training_cases import train
+from training_cases import language_data, llama, train
 
 from hf_fuse.distill.fusion_ratio import SCALARS, Controller, gaps, scalar_features, slopes, vector_features
 from hf_fuse.distill.top_k import TopK
@@ -146,6 +147,21 @@ def test_a_teachers_top_k_is_as_good_where_it_holds_everything():
     torch.testing.assert_close(found[:, 5], (teacher / 1.5).softmax(-1).gather(-1, labels[:, None])[:, 0])
     with pytest.raises(FuseError, match="lacks the labels"):
         scalar_features(student, TopK.of(teacher, 2), labels)
+
+
+def test_a_cache_of_all_tokens_is_the_teacher(tmp_path):
+    rows, objectives = (
+        language_data(20),
+        {"task": 0.0, "tgeo": {"temperature": 1.0, "update_every": 1, "held_out": 0.2}},
+    )
+    whole = write_cache(tmp_path / "whole", rows, llama(initializer_range=0.3), k=32)
+    settings = {"objectives": objectives, "max_steps": 4}
+    cached, live = (
+        train(make_trainer("tgeo_language", tmp_path, 8, 1, **settings, **teacher))
+        for teacher in ({"teacher": lambda: str(whole)}, {})
+    )
+    for one, other in zip(cached[0], live[0], strict=True):
+        assert one == pytest.approx(other, rel=2e-3)  # fp16
 
 
 def test_class_means_are_the_teachers(tmp_path):
