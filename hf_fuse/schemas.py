@@ -20,6 +20,7 @@ RECIPES = {
     "select": "hf_fuse.data.select_recipe.SelectRecipe",
     "generate": "hf_fuse.decode.recipe.DecodeRecipe",
     "teach": "hf_fuse.distill.teach_recipe.TeachRecipe",
+    "fuse": "hf_fuse.distill.fusion_recipe.FusionRecipe",
 }
 TYPES = {bool: "boolean", int: "integer", float: "number", str: "string"}
 

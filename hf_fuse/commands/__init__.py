@@ -17,6 +17,7 @@ COMMANDS = (
     "train",
     "teach",
     "fuse",
+    "tokenizer_report",
     "compress",
     "generate",
     "learn",

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -13,7 +12,9 @@ from hf_fuse.card import merge_card, read_license
 from hf_fuse.checkpoint.reader import Checkpoint, open_checkpoint, read_json
 from hf_fuse.checkpoint.writer import check_output, exclusive_output, leftovers, remove_tree
 from hf_fuse.distill.fusion_recipe import FusedModel, FusionRecipe, load_fusion_recipe
-from hf_fuse.errors import OutputError, RecipeError
+from hf_fuse.distill.teach import say, teach
+from hf_fuse.distill.tokenizer_report import compare_tokenizers
+from hf_fuse.errors import FuseError, OutputError, RecipeError
 from hf_fuse.merge.finish import RECIPE_FILE, versions
 from hf_fuse.recipe import ModelRef, dump_recipe, read_yaml
 from hf_fuse.training_output import newest_checkpoint
@@ -23,6 +24,7 @@ from hf_fuse.training_recipe import TrainingRecipe
 RECORD, CACHES, TARGETS, MERGED = "fusion.yaml", "caches", "targets", "merged"
 RESULTS = "fuse_results.json"
 OBJECTIVES = {"task": 0.9, "fuse_llm": 0.1}
+ROWS_COMPARED = 200
 
 
 @dataclass(frozen=True)
@@ -31,8 +33,8 @@ class FusionResult:
 
     Attributes:
         output: the folder.
-        figures: of each target, by the name of its source: the share of the pivot's predictions that the source has a
-            place for (``aligned``), and what its training measured.
+        figures: of each target, by the name of its source: what its training measured, and the share of the pivot's
+            predictions that the source has a place for (``aligned with ...``).
     """
 
     output: Path
@@ -77,7 +79,7 @@ def fuse(
     recipe = _pinned(recipe)
     record = dump_recipe(recipe.model_copy(update={"output": None, "provenance": None}))
     _check_unfinished(partial, record, overwrite=overwrite, resume=resume)
-    _check(recipe, partial)
+    aligned = _check(recipe, partial)
     with exclusive_output(folder, overwrite=overwrite, keep=_has_record) as unfinished:
         if not resume:
             remove_tree(partial)
@@ -89,6 +91,8 @@ def fuse(
         caches = [_taught(recipe, number, partial) for number in range(len(recipe.sources) + 1)]
         targets = [_trained(recipe, numbers, caches, partial) for numbers in _groups(recipe)]
         figures = {target.name: read_json(target / "train_results.json") for target in targets}
+        for target, numbers in zip(targets, _groups(recipe)):
+            figures[target.name] |= {f"aligned with {_named(recipe, n)}": aligned[n] for n in numbers}
         _merge(recipe, targets, partial)
         _finish(recipe, partial, figures)
         unfinished.publish()
@@ -128,17 +132,33 @@ def _has_record(partial: Path) -> bool:
     return (partial / RECORD).exists()
 
 
-def _check(recipe: FusionRecipe, partial: Path) -> None:
-    """All that can be wrong with models and data, before anything is computed."""
-    from hf_fuse.distill.teach import teach
+def _check(recipe: FusionRecipe, partial: Path) -> dict[int, float]:
+    """All that can be wrong with models and data, before anything is computed.
+
+    Returns:
+        For each source, which share of the pivot's predictions it has a place for, in the first rows.
+    """
     from hf_fuse.training_setup import prepare
 
     if recipe.strategy == "pairwise" and len(recipe.sources) == 1:
-        print("note: with one source there is nothing to merge: the output is its target.", file=sys.stderr)
+        say("note: with one source there is nothing to merge: the output is its target.")
     prepare(_training(recipe, []), partial)
+    shares = {}
     for number in range(len(recipe.sources) + 1):
         # Beside the caches that a run makes, so that no unfinished one is in the way.
         teach(_teaching(recipe, number), partial / "checked", dry_run=True)
+        if not number:
+            continue
+        pivot, source = (_model(recipe, n) for n in (0, number))
+        found = compare_tokenizers(
+            pivot.key, source.key, recipe.data, vocabulary=recipe.vocabulary, align=recipe.align, limit=ROWS_COMPARED,
+            chat_templates=(pivot.chat_template, source.chat_template),
+        )  # fmt: skip
+        say(f"{_named(recipe, number)}: has a place for {found.aligned:.1%} of the pivot's predictions")
+        if not found.aligned:
+            raise FuseError(f"{source.key}: reads no text as far as the pivot does anywhere. Choose another source.")
+        shares[number] = found.aligned
+    return shares
 
 
 def _groups(recipe: FusionRecipe) -> list[list[int]]:
@@ -170,8 +190,6 @@ def _teaching(recipe: FusionRecipe, number: int) -> dict[str, Any]:
 
 
 def _taught(recipe: FusionRecipe, number: int, partial: Path) -> Path:
-    from hf_fuse.distill.teach import teach
-
     cache = partial / CACHES / _named(recipe, number)
     resume = any(leftovers(cache)[0].glob("predictions-*.safetensors"))
     return teach(_teaching(recipe, number), cache, resume=resume).output

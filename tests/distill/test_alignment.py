@@ -1,5 +1,6 @@
 """Where two tokenizers have read the same text, which tokens mean the same, and the reports about it."""
 
+import json
 import random
 import time
 
@@ -8,11 +9,13 @@ import pytest
 import torch
 from tiny_tokenizers import byte_bpe, sentence_piece, texts, word_piece
 
+from hf_fuse.cli import app
 from hf_fuse.distill.alignment import NOWHERE, content_spans, reading
 from hf_fuse.distill.edit_distance import edit_distances, nearest_words
 from hf_fuse.distill.pairing import Encoding, pair_row, token_pairs
 from hf_fuse.distill.time_warping import _path, time_warped
 from hf_fuse.distill.token_texts import bytes_of, special_partners, token_texts
+from hf_fuse.distill.tokenizer_report import compare_tokenizers
 from hf_fuse.distill.top_k import TopK
 from hf_fuse.distill.vocabulary_map import NO_TOKEN, VocabularyMap, identity_map, vocabulary_map
 from hf_fuse.errors import FuseError
@@ -272,3 +275,39 @@ def test_boundaries_find_what_time_warping_finds_and_more():
     # Where warping agrees with a boundary it is right; elsewhere it may be anywhere.
     right = sum(one == other for one, other in zip(exact, warped) if other)
     assert right > 0.8 * counts[1]
+
+
+# ---- the report
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    root = tmp_path_factory.mktemp("tokenizers")
+    byte_bpe().save_pretrained(root / "student")
+    sentence_piece().save_pretrained(root / "teacher")
+    rows = [{"text": text[:400]} for text in texts()[:6]]
+    (root / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return root
+
+
+def test_report(folders, capsys):
+    arguments = [str(folders / "student"), str(folders / "teacher"), str(folders / "rows.jsonl")]
+    found = compare_tokenizers(*arguments)
+    pairs = [
+        pair
+        for text in texts()[:6]
+        for pair in pair_row({"text": text[:400]}, Encoding(byte_bpe(), 9999), Encoding(sentence_piece(), 9999))
+    ]
+    share = sum(bool(found) for pair in pairs for found in pair.places) / sum(p.student.predictions for p in pairs)
+    assert found.aligned == pytest.approx(share) and 0.5 < share < 1 and 0 < found.same_next < 1
+    assert sum(found.seen.values()) == pytest.approx(1) and sum(found.vocabulary.values()) == 500
+    assert all("".join(ours) == "".join(theirs) for ours, theirs in found.example) and len(found.example) > 5
+    itself = compare_tokenizers(arguments[0], arguments[0], arguments[2])
+    assert itself.aligned == itself.same_next == 1 and not itself.partners
+    app(["tokenizer-report", *arguments[:2], "--data", arguments[2], "--limit", "2"], standalone_mode=False)
+    printed = capsys.readouterr().out
+    assert "same text" in printed and "in pieces between shared places" in printed
+    app(["tokenizer-report", *arguments[:2], "--data", arguments[2], "--json"], standalone_mode=False)
+    assert json.loads(capsys.readouterr().out)["aligned"] == found.aligned
+    with pytest.raises(FuseError, match="no such folder"):
+        compare_tokenizers("a/b/c", *arguments[1:])

@@ -62,6 +62,7 @@ def fused(models, tmp_path_factory):
 def test_targets_are_trained_and_merged(fused, models):
     made, folder = fused
     assert [*made.figures] == ["1-one", "2-two"] and all(f["train_loss"] > 0 for f in made.figures.values())
+    assert 0.5 < made.figures["1-one"]["aligned with 1-one"] <= 1
     pivot, merged = (load_file(path / "model.safetensors") for path in (models / "pivot", folder))
     targets = [load_file(folder / "targets" / name / "model.safetensors") for name in made.figures]
     # SCE: between the targets and the pivot, and not one of them.
