@@ -136,7 +136,9 @@ def read_objectives(
 def _objective(name: str, weight: Schedule, options: Mapping[str, Any], kinds: Sequence[str], where: str) -> Objective:
     kind_of = {known: kind for kind in kinds for known in registry.names(kind)}
     if name not in kind_of:
-        raise RecipeError(f"objectives: there is no loss {name!r}. {registry.nearest(name, [TASK, *kind_of])}")
+        elsewhere = any(name in registry.names(kind) for kind in ("distill", "attached"))
+        hint = "Use DistillConfig and DistillTrainer." if elsewhere else registry.nearest(name, [TASK, *kind_of])
+        raise RecipeError(f"objectives: there is no loss {name!r}{' in FuseConfig' if elsewhere else ''}. {hint}")
     method = registry.get(kind_of[name], name)
     bound = {}
     for key, value in options.items():

@@ -299,7 +299,7 @@ def test_names_options_and_refusals(tmp_path):
         assert name in registry.names("attached")
         found = DistillConfig(str(tmp_path), use_cpu=True, objectives={name: 1.0}).read_objectives()[1]
         assert [objective.mean_over for objective in found] == ["predictions"]
-    with pytest.raises(RecipeError, match="no loss 'saf'"):
+    with pytest.raises(RecipeError, match="no loss 'saf' in FuseConfig. Use DistillConfig and DistillTrainer"):
         FuseConfig(str(tmp_path), use_cpu=True, objectives={"saf": 1.0})
     with pytest.raises(RecipeError, match="no parameter 'decoy'. Did you mean 'decay'"):
         make_trainer("mesa", tmp_path, 8, 1, objectives={"mesa": {"decoy": 1}})
