@@ -143,7 +143,11 @@ CASES: dict[str, dict[str, Any]] = {
         "data": probed_data,
         "objectives": {"replay": 0.5, "probe_regression": 0.5},
     },  # fmt: skip
-    "old": {"model": bert, "old_model": old_bert, "objectives": {"bct": 0.3, "oca": 0.1}},
+    "old": {
+        "model": bert,
+        "old_model": old_bert,
+        "objectives": {"bct": 0.3, "oca": 0.1, "bt2": {"weight": 0.1, "extra": 4}},
+    },
     "classes": {
         "model": bert,
         "objectives": {"task": 0.5, "class_balanced": {"weight": 1.0, "beta": 0.9}, "ldam": 0.3, "dkl": 2.0},
