@@ -14,6 +14,7 @@ from hf_fuse import cli, load_recipe
 from hf_fuse.compress.recipe import load_compress_recipe
 from hf_fuse.data.select_recipe import load_select_recipe
 from hf_fuse.decode.recipe import load_decode_recipe
+from hf_fuse.distill.fusion_recipe import load_fusion_recipe
 from hf_fuse.distill.teach_recipe import load_teach_recipe
 from hf_fuse.readme import README, with_tables
 from hf_fuse.training_recipe import load_training_recipe
@@ -79,6 +80,9 @@ def test_recipes_run_or_are_at_least_valid(folder, monkeypatch, tmp_path):
         (tmp_path / f"{number}.yaml").write_text(block)
         if "\nadapter:" in block:
             load_training_recipe(tmp_path / f"{number}.yaml")
+            continue
+        if "\npivot:" in block:
+            load_fusion_recipe(tmp_path / f"{number}.yaml")
             continue
         if "\nteacher:" in block:
             load = load_training_recipe if "\nmodel:" in block else load_teach_recipe
