@@ -53,7 +53,7 @@ if TYPE_CHECKING:
 FORMAT = 1
 CACHE_FILE = "teacher_cache.json"
 STEM = "predictions"
-SHARD_BYTES = 256 << 20
+SHARD_BYTES = 64 << 20  # what a killed run loses at most
 KEY_BYTES = 16
 CODES = {
     "keys": "U8", "text_keys": "U8", "token_starts": "I64", "input_ids": "I32", "prediction_starts": "I64",
@@ -349,11 +349,11 @@ def _mapped(path: Path, facts: CacheFacts) -> dict[str, np.ndarray]:
     codes = CODES | {"top_ids": _id_code(facts.vocabulary)}
     if {name: info.dtype for name, info in infos.items()} != codes:
         raise CheckpointError(f"{path}: is no shard of a cache as {CACHE_FILE} describes it. Make the cache again.")
+    mapped = np.memmap(path, np.uint8, "r")  # once: systems limit the number of maps
     made = {
-        name: np.memmap(path, NUMPY[info.dtype], "r", info.start, info.shape) if info.numel else
-        np.zeros(info.shape, NUMPY[info.dtype])
+        name: mapped[info.start : info.start + info.nbytes].view(NUMPY[info.dtype]).reshape(info.shape)
         for name, info in infos.items()
-    }  # fmt: skip
+    }
     rows, tokens, kept = len(made["keys"]), len(made["input_ids"]), len(made["positions"])
     shapes = dict.fromkeys(_OF_PREDICTIONS, (kept,))
     shapes |= dict.fromkeys(("top_ids", "top_log_probs"), (kept, facts.k))

@@ -44,6 +44,12 @@ class Lesson:
         return self.candidate.processor
 
     @property
+    def teacher_name(self) -> str:
+        """Its Hub id or the name of its folder, and that of the adapter on it."""
+        name, adapter = self.checkpoint.repo_id or self.checkpoint.folder.name, self.recipe.teacher.adapter
+        return name if adapter is None else f"{name}+{Path(adapter).name if Path(adapter).is_dir() else adapter}"
+
+    @property
     def dtype(self) -> str:
         stored = self.candidate.config.dtype if self.recipe.dtype == "auto" else self.recipe.dtype
         return str(stored or "float32").removeprefix("torch.")

@@ -220,7 +220,7 @@ def _positions(labels: list[int]) -> np.ndarray:
 def _facts(lesson: Lesson, sequences: Sequences) -> CacheFacts:
     vocabulary = lesson.candidate.config.get_text_config().vocab_size
     return CacheFacts(
-        teacher=lesson.checkpoint.repo_id or lesson.checkpoint.folder.name,
+        teacher=lesson.teacher_name,
         tokenizer=tokenizer_key(lesson.tokenizer),
         vocabulary=vocabulary,
         k=min(lesson.recipe.k, vocabulary),
