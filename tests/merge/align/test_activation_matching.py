@@ -12,6 +12,8 @@ from hf_fuse.merge.align.live import Moments
 
 from .align_cases import saved, shuffled, written_digits, written_texts
 
+pytestmark = pytest.mark.usefixtures("no_charts")
+
 
 def data_for(kind, folder):
     return str(written_digits(folder / "digits.parquet") if kind == "vit" else written_texts(folder / "texts.jsonl"))
@@ -22,7 +24,7 @@ def test_a_shuffled_copy_is_put_back(tmp_path, kind):
     source = saved(kind, tmp_path / "model")
     copy, _ = shuffled(source, tmp_path / "copy")
     recipe = {"method": "activation_matching", "model": str(copy), "reference": str(source)}
-    made = hf_fuse.align(recipe | {"data": data_for(kind, tmp_path)}, tmp_path / "out")
+    made = hf_fuse.align(recipe | {"data": data_for(kind, tmp_path), "batch_size": 24}, tmp_path / "out")
     assert all(group.after > group.before for group in made.found.groups)
     inner = [group for group in made.found.groups if group.group.endswith("inner")]
     assert inner and all(group.after == pytest.approx(1, abs=1e-4) for group in inner)

@@ -70,7 +70,7 @@ def test_the_barrier_falls(apart, tmp_path, method):
     assert (made.output / "path.png").exists() and (made.output / "alignment.png").exists()
 
 
-def test_pleas_comes_near_the_parents_where_their_mean_fails(apart, digits, tmp_path):
+def test_pleas_comes_near_the_parents_where_their_mean_fails(apart, digits, tmp_path, no_charts):
     models = [apart["reference"], apart["model"]]
     mean = hf_fuse.merge({"method": "linear", "models": models}, tmp_path / "mean")
     recipe = apart | {"method": "pleas", "examples": 200, "batch_size": 100}
@@ -81,7 +81,7 @@ def test_pleas_comes_near_the_parents_where_their_mean_fails(apart, digits, tmp_
     assert t.AutoConfig.from_pretrained(made.output).intermediate_size == 96
 
 
-def test_the_study_runs(monkeypatch):
+def test_the_study_runs(monkeypatch, no_charts):
     monkeypatch.syspath_prepend(Path(__file__).parents[3] / "recipes")
     from models_trained_apart import ROWS, main
 

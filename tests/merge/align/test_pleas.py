@@ -15,6 +15,8 @@ from hf_fuse.merge.align.spaces import Part
 
 from .align_cases import saved, shuffled, written_texts
 
+pytestmark = pytest.mark.usefixtures("no_charts")
+
 IDS = torch.arange(4, 16)[None]
 
 
@@ -22,7 +24,7 @@ def of_two(tmp_path, kind="llama", other=None, **parameters):
     source = saved(kind, tmp_path / "model")
     other = other or shuffled(source, tmp_path / "copy")[0]
     data = written_texts(tmp_path / "texts.jsonl")
-    recipe = {"method": "pleas", "model": str(other), "reference": str(source), "data": str(data)}
+    recipe = {"method": "pleas", "model": str(other), "reference": str(source), "data": str(data), "batch_size": 24}
     return source, hf_fuse.align(recipe | {"parameters": parameters}, tmp_path / "out")
 
 

@@ -14,6 +14,8 @@ from hf_fuse.errors import FuseError
 
 from .align_cases import saved, shuffled
 
+pytestmark = pytest.mark.usefixtures("no_charts")
+
 
 @pytest.fixture
 def aligned(tmp_path):

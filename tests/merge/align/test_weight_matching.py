@@ -17,6 +17,8 @@ from hf_fuse.merge.align.spaces import Part
 
 from .align_cases import MODELS, saved, shuffled, written_texts
 
+pytestmark = pytest.mark.usefixtures("no_charts")
+
 
 def test_the_spec_s_example():
     """Hidden units of B lie in the order 2, 0, 1 of A's: similarities, the order found, and B put back."""
