@@ -134,6 +134,26 @@ def test_what_is_generated_is_what_both_find_likely_behind_the_same_text(fine, c
     assert not torch.equal(made, generate(fine, given, eos_token_id=None)[:, -NEW:])
 
 
+def test_tokens_that_new_text_changes_are_read_again(coarse, texts, tmp_path):
+    """Letter by letter, as another tokenizer sees it, the last tokens keep changing."""
+    letters = saved(tmp_path, bpe(texts, 258), seed=1)
+    translated = TranslatedModel(coarse, tokenizer_of(coarse), letters, tokenizer_of(letters), "exact")
+    text = "def find(self, substring): return"
+    ids = tokenizer_of(letters)(text, return_tensors="pt")["input_ids"]
+    assert ids.shape[1] == len(text)
+    cache, again = None, 0
+    for end in range(1, len(text) + 1):
+        before = [] if cache is None else cache.rows[0].own
+        outputs = translated(ids[:, end - 1 : end], past_key_values=cache, logits_to_keep=1)
+        cache = outputs.past_key_values
+        own = tokenizer_of(coarse)(text[:end])["input_ids"]
+        assert cache.rows[0].own == own and cache.rows[0].cache.get_seq_length() == len(own)
+        again += before != own[: len(before)]
+        anew = translated(ids[:, :end], logits_to_keep=1).logits
+        torch.testing.assert_close(outputs.logits, anew, atol=1e-5, rtol=1e-4)
+    assert again > 5
+
+
 def test_beams_take_the_rows_along_and_windows_are_read_anew(fine, coarse, tmp_path):
     given = prompts(tokenizer_of(fine), ["def find(self, sub"])
     config = transformers.MistralConfig(**{**coarse.config.to_dict(), "model_type": "mistral", "sliding_window": 4})
