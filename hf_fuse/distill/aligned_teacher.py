@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from hf_fuse.distill.alignment import NOWHERE
@@ -88,7 +89,9 @@ class AlignedTeacher:
             )
         self._numbers = {
             row_key(side.ids): (number, piece)
-            for number, row in enumerate(data)
+            for number, row in enumerate(
+                tqdm(data, desc=f"align with {Path(self.name).name}", unit="row", disable=None)
+            )
             for piece, side in enumerate(student.sides(row, self.encoding))
         }
         self._pairs = lru_cache(maxsize=256)(self._paired)

@@ -135,7 +135,7 @@ def text_key(row: Mapping[str, Any]) -> bytes:
 
 def tokenizer_key(tokenizer: PreTrainedTokenizerBase) -> str:
     """Hash of the vocabulary and of how some difficult texts are split: equal for tokenizers that read alike."""
-    read = [sorted(tokenizer.get_vocab().items()), [tokenizer(text)["input_ids"] for text in PROBES]]
+    read = [sorted(tokenizer.get_vocab().items()), [tokenizer(text, verbose=False)["input_ids"] for text in PROBES]]
     return hashlib.sha256(json.dumps(read).encode()).hexdigest()
 
 

@@ -90,9 +90,13 @@ def fuse(
                 remove_tree(path)
         caches = [_taught(recipe, number, partial) for number in range(len(recipe.sources) + 1)]
         targets = [_trained(recipe, numbers, caches, partial) for numbers in _groups(recipe)]
-        figures = {target.name: read_json(target / "train_results.json") for target in targets}
+        figures = {}
         for target, numbers in zip(targets, _groups(recipe)):
-            figures[target.name] |= {f"aligned with {_named(recipe, n)}": aligned[n] for n in numbers}
+            shares = {f"aligned with {_named(recipe, number)}": aligned[number] for number in numbers}
+            measured = read_json(target / "train_results.json").items()
+            figures[target.name] = shares | {
+                key: value for key, value in measured if key.startswith(("train_", "eval_"))
+            }
         _merge(recipe, targets, partial)
         _finish(recipe, partial, figures)
         unfinished.publish()

@@ -23,6 +23,7 @@ from hf_fuse.distill import fusion
 from hf_fuse.distill.fusion import fuse
 from hf_fuse.errors import FuseError, OutputError, RecipeError
 from hf_fuse.merge.engine import merge_state_dicts
+from hf_fuse.train import train
 
 
 def saved(folder, model, tokenizer):
@@ -151,6 +152,26 @@ def test_what_is_wrong_is_told_before_anything_is_computed(models, tmp_path, mon
         fuse(recipe(models), tmp_path / "out", resume=True)
     with pytest.raises(RecipeError, match="no folder is given"):
         fuse(recipe(models))
+
+
+def test_training_recipes_have_sources(models, tmp_path, capsys):
+    made = train(
+        {
+            "model": str(models / "pivot"), "sources": [str(models / "one"), {"path": str(models / "two"), "k": 4}],
+            "data": {"train": str(models / "rows.jsonl"), "max_length": 64},
+            "train": {"max_steps": 1, "objectives": {"task": 0.5, "uld": 0.5}, "use_cpu": True, "report_to": "none"},
+        },
+        output=tmp_path / "out",
+    )  # fmt: skip
+    assert made.figures["train_loss"] > 0
+    assert "learning from one, two too" in (tmp_path / "out" / "README.md").read_text()
+    assert str(models) not in (tmp_path / "out" / "README.md").read_text()
+    with pytest.raises(RecipeError, match="a packed row is no single text"):
+        train(
+            {"model": str(models / "pivot"), "sources": [str(models / "one")],
+             "data": {"train": str(models / "rows.jsonl"), "max_length": 64, "packing": True},
+             "train": {"max_steps": 1, "use_cpu": True}}, output=tmp_path / "packed",
+        )  # fmt: skip
 
 
 def test_command(fused, models, tmp_path, capsys):
