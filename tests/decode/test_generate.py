@@ -222,6 +222,19 @@ def test_fusion_of_n_writes_one_answer_from_all(monkeypatch):
     assert rows[0]["scores"][0] == pytest.approx(sum(picked) / count, rel=1e-4)
 
 
+def test_fused_answers_are_training_data(capsys, tmp_path):
+    from hf_fuse.training_data import read_rows
+    from hf_fuse.training_recipe import DataEntry
+
+    recipe = {"method": "fusion_of_n", "model": "hf-fuse-demo/base", "parameters": {"candidates": 2}}
+    (tmp_path / "fuse.yaml").write_text(json.dumps(recipe | {"generation": {"max_new_tokens": 4}}))
+    (tmp_path / "prompts.txt").write_text("Name a colour.\nCount to three.\n")
+    run(capsys, "--fuse", tmp_path / "fuse.yaml", "--prompts", tmp_path / "prompts.txt", "-o", tmp_path / "rows.jsonl")
+    rows = read_rows(DataEntry(train=str(tmp_path / "rows.jsonl")))
+    assert rows.format == "completion" and len(rows.train[0].rows) == 2
+    assert {"candidates", "scores", "best_of_n", "fusor"} < {*rows.train[0].rows.column_names}
+
+
 def test_a_reward_model_chooses_the_best_of_n():
     recipe = {"method": "fusion_of_n", "model": "hf-fuse-demo/base", "reward_model": "reward", "chat": True,
               "parameters": {"candidates": 3}, "generation": {"max_new_tokens": 4}}  # fmt: skip
