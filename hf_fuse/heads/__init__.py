@@ -16,6 +16,8 @@ HEADS = {
     "GbNn": "gb_nn",
     "Sdm": "sdm",
     "PredictionMarket": "prediction_market",
+    "Concatenated": "concatenated",
+    "Bonsai": "bonsai",
 }
-# Those that work on other heads' probabilities, or on more than one sample.
-OTHERS = {"Loki": "loki", "Cosmo": "cosmo", "LabelSetOperations": "label_sets"}
+# Those that work on other heads' probabilities, on more than one sample, or with a model inside.
+OTHERS = {"Loki": "loki", "Cosmo": "cosmo", "LabelSetOperations": "label_sets", "Levi": "levi"}
