@@ -171,7 +171,8 @@ def _run(setup: Setup, folder: Path, checkpoint: Path | None, *, lead: bool, ove
         uses_cache, model.config.use_cache = getattr(model.config, "use_cache", None), False
         trainer = kind(
             model=model, args=setup.arguments, train_dataset=setup.data.train, eval_dataset=setup.data.eval,
-            data_collator=setup.data.collator, processing_class=setup.processor, callbacks=[_progress()],
+            replay_dataset=setup.data.replay, data_collator=setup.data.collator, processing_class=setup.processor,
+            callbacks=[_progress()],
             compute_metrics=class_scores if setup.data.format == "classification" else None, **more,
         )  # fmt: skip
         for callback in (transformers.ProgressCallback, transformers.PrinterCallback):

@@ -49,6 +49,7 @@ class Rows:
     format: str
     train: list[Part]
     eval: list[Part]
+    replay: list[Part] = field(default_factory=list)
 
     @property
     def has_images(self) -> bool:
@@ -67,6 +68,7 @@ class TrainingData:
         max_length: in tokens; None for images.
         facts: what a summary shows: name -> number or text.
         notes: what was left out or cut off, in sentences.
+        replay: as ``train``, or None.
     """
 
     format: str
@@ -76,6 +78,7 @@ class TrainingData:
     max_length: int | None = None
     facts: dict[str, Any] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
+    replay: Any = None
 
 
 def read_rows(entry: DataEntry) -> Rows:
@@ -88,17 +91,18 @@ def read_rows(entry: DataEntry) -> Rows:
     found = {part.name: entry.format or _format(part) for part in train}
     kind = found[train[0].name]
     evaluation = [_read(source) for source in entry.eval or []]
-    found |= {part.name: entry.format or _format(part) for part in evaluation}
+    replay = [_read(source) for source in entry.replay or []]
+    found |= {part.name: entry.format or _format(part) for part in [*evaluation, *replay]}
     if other := next((name for name, format in found.items() if format != kind), None):
         raise FuseError(
             f"{other}: its columns are those of {found[other]}, but {train[0].name} holds {kind}. Train on one format "
             "at a time, or name it with data.format."
         )
-    for part in [*train, *evaluation]:
+    for part in [*train, *evaluation, *replay]:
         _check_columns(part, kind)
     if entry.eval_fraction:
         train, evaluation = _split_off(train, entry.eval_fraction)
-    return Rows(kind, train, evaluation)
+    return Rows(kind, train, evaluation, replay)
 
 
 def encode(rows: Rows, entry: DataEntry, tokenizer: PreTrainedTokenizerBase, config: PreTrainedConfig) -> TrainingData:
@@ -116,15 +120,19 @@ def encode(rows: Rows, entry: DataEntry, tokenizer: PreTrainedTokenizerBase, con
         raise FuseError("data: packing is for texts to predict, not for classes. Remove it.")
     encode_batch = encoder(rows.format, tokenizer, length, entry.train_on)
     train, facts = _encoded(rows.train, rows.format, encode_batch, config, notes)
-    evaluation, _ = _encoded(rows.eval, rows.format, encode_batch, config, notes) if rows.eval else (None, {})
+    evaluation, replay = (
+        _encoded(parts, rows.format, encode_batch, config, notes)[0] if parts else None
+        for parts in (rows.eval, rows.replay)
+    )
     if entry.packing:
-        train, evaluation = packed(train, length), evaluation and packed(evaluation, length)
+        train = packed(train, length)
+        evaluation, replay = (data and packed(data, length) for data in (evaluation, replay))
         facts |= {"packed rows": len(train)}
     if rows.format == "classification":
         collator = partial(collate_texts, pad_id=_pad_id(tokenizer))
     else:
         collator = partial(collate_tokens, pad_id=_pad_id(tokenizer))
-    return TrainingData(rows.format, train, evaluation, collator, length, facts, notes)
+    return TrainingData(rows.format, train, evaluation, collator, length, facts, notes, replay)
 
 
 def row_length(entry: DataEntry, tokenizer: PreTrainedTokenizerBase, config: PreTrainedConfig) -> int:
@@ -144,7 +152,9 @@ def encode_images(rows: Rows, processor: Any, config: PreTrainedConfig, dtype: A
     from hf_fuse.classification import image_encoder
 
     to_pixels = image_encoder(processor, config, dtype)
-    train, evaluation = (_images(parts, config) if parts else None for parts in (rows.train, rows.eval))
+    train, evaluation, replay = (
+        _images(parts, config) if parts else None for parts in (rows.train, rows.eval, rows.replay)
+    )
 
     def collate(batch: list[dict]) -> dict[str, Any]:
         import torch
@@ -153,7 +163,7 @@ def encode_images(rows: Rows, processor: Any, config: PreTrainedConfig, dtype: A
         return to_pixels([row["image"] for row in batch]) | {"labels": labels_B}
 
     facts = {"images": len(train), "classes": config.num_labels}
-    return TrainingData(rows.format, train, evaluation, collate, None, facts)
+    return TrainingData(rows.format, train, evaluation, collate, None, facts, replay=replay)
 
 
 def set_classes(config: PreTrainedConfig, rows: Rows) -> bool:

@@ -158,8 +158,9 @@ def _without_paths(recipe: TrainingRecipe) -> TrainingRecipe:
         return Path(path).name if path and Path(path).expanduser().is_dir() else path
 
     data = recipe.data.model_copy(update={"train": [named(source) for source in recipe.data.train]})
-    if data.eval:
-        data = data.model_copy(update={"eval": [named(source) for source in data.eval]})
+    for key in ("eval", "replay"):
+        if sources := getattr(data, key):
+            data = data.model_copy(update={key: [named(source) for source in sources]})
     model = recipe.model.model_copy(update={"path": last(recipe.model.path)})
     if model.adapter:
         model = model.model_copy(update={"adapter": last(model.adapter)})

@@ -106,6 +106,7 @@ class DataEntry(_Strict):
     train: Sources
     eval: Sources | None = None
     eval_fraction: float | None = Field(default=None, gt=0, lt=1)  # of the training rows, instead of eval
+    replay: Sources | None = None  # what the model isn't to forget, for the objective of this name
     format: Format | None = None  # none: told from the columns
     max_length: int | None = Field(default=None, ge=2)  # in tokens; none: 1024, or the model's context if shorter
     packing: bool = False  # several texts in one row of max_length; they don't see each other

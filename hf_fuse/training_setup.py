@@ -138,6 +138,7 @@ def prepare(recipe: TrainingRecipe, output_dir: Path) -> Setup:
     if recipe.data.eval or recipe.data.eval_fraction:
         defaults["eval_strategy"] = "epoch"
     arguments = training_config(recipe.train, output_dir, distilled=recipe.distils, **defaults)
+    _check_replay(recipe, arguments)
     rows = read_rows(recipe.data)
     kind = "images" if rows.has_images else "classification" if rows.format == "classification" else "text"
     if recipe.data.packing and arguments.use_cache:
@@ -167,6 +168,14 @@ def prepare(recipe: TrainingRecipe, output_dir: Path) -> Setup:
     _try_adapter(setup)
     _check_caches(setup)
     return setup
+
+
+def _check_replay(recipe: TrainingRecipe, arguments: FuseConfig) -> None:
+    wanted = any("replay_logits" in objective.required for objective in arguments.read_objectives()[1])
+    if wanted and not recipe.data.replay:
+        raise RecipeError("train.objectives: replay needs data.replay, the texts that are not to be forgotten.")
+    if recipe.data.replay and not wanted:
+        raise RecipeError("data.replay needs an objective that uses it. Add train.objectives.replay: 0.1.")
 
 
 def _encode(setup: Setup, rows: Rows) -> None:

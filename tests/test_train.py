@@ -127,6 +127,20 @@ def test_a_whole_model(home, tmp_path):
     assert "AutoModelForCausalLM.from_pretrained" in card
 
 
+def test_what_is_replayed_is_not_forgotten(home, tmp_path):
+    rows = map(json.loads, (home / "kinds.jsonl").read_text().splitlines())
+    write_rows(tmp_path / "code.jsonl", [{"text": row["text"]} for row in rows if row["label"] == "code"])
+    data = {"train": str(tmp_path / "code.jsonl"), "eval": str(home / "docs.jsonl"), "format": "text"}
+    recipe = recipe_of(home, max_steps=8, eval_strategy="no", save_strategy="no") | {"data": data}
+    plain = train(recipe, output=tmp_path / "plain").figures["eval_loss"]
+    recipe["data"] = data | {"replay": str(home / "docs.jsonl")}
+    recipe["train"] |= {"objectives": {"replay": 1.0}}
+    result = train(recipe, output=tmp_path / "replayed")
+    assert result.figures["eval_loss"] < plain - 0.1
+    card = (tmp_path / "replayed" / "README.md").read_text()
+    assert "docs.jsonl" in card and str(home) not in card
+
+
 def test_going_on_with_an_adapter(home, tmp_path):
     train(recipe_of(home, LORA, max_steps=2), output=tmp_path / "first")
     recipe = recipe_of(home, max_steps=2) | {"model": f"{home / 'base'}"}
@@ -379,6 +393,8 @@ def test_a_push_that_would_be_refused_is_found_before_training(home, tmp_path, h
             "eval_strategy needs data to evaluate on",
         ),
         ({"train": {"objectives": {"nonsense": 1}}}, RecipeError, "nonsense"),
+        ({"train": {"objectives": {"replay": 0.1}}}, RecipeError, "replay needs data.replay"),
+        ({"data": {"train": "DOCS", "replay": "DOCS"}}, RecipeError, "Add train.objectives.replay: 0.1"),
         ({"model": {"path": "BASE", "adapter": "BASE"}, "adapter": None}, CheckpointError, "is no adapter"),
         ({"output": None}, RecipeError, "output: say which folder to make"),
     ],
