@@ -23,8 +23,8 @@ def merge_table() -> str:
             "| method | what it does | models | also needs | parameters |",
             "|---|---|---|---|---|",
             *(
-                f"| {_linked(row['name'], row['paper'])} | {row['summary']} | {row['models']} | {BASE[row['base']]}"
-                f"{row['statistics'] and 'statistics of each' or ''} | {_listed(row['parameters'])} |"
+                f"| {_linked(row['name'], row['paper'])} | {row['summary']} | {row['models']} | {_needed(row)} | "
+                f"{_listed(row['parameters'])} |"
                 for row in rows
             ),
             "",
@@ -111,6 +111,10 @@ def head_table() -> str:
         summary = text.split("\n\n")[0].replace("\n", " ")
         lines.append(f"| {_linked(name, paper and paper[0])} | {summary} | `hf_fuse.heads.{module_name}` |")
     return "\n".join(lines)
+
+
+def _needed(row: dict) -> str:
+    return ", ".join(filter(None, (BASE[row["base"]], row["statistics"] and "statistics of each")))
 
 
 def _linked(name: str, paper: str | None) -> str:

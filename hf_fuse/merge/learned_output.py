@@ -10,8 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from safetensors.torch import save_file
 from torch import Tensor
 
+from hf_fuse import registry
 from hf_fuse.checkpoint.adapter import base_fingerprint
 from hf_fuse.errors import FuseError
 from hf_fuse.evaluation_data import unique_names
@@ -23,6 +25,7 @@ from hf_fuse.merge.finish import RECIPE_FILE, versions
 from hf_fuse.recipe import dump_recipe
 
 MERGE_FILE, CHART_FILE, HISTORY_FILE = "merge.yaml", "coefficients.png", "history.json"
+MASK_FILE, MASKED = "mask.safetensors", "masked_task_arithmetic"
 
 
 @dataclass(frozen=True)
@@ -35,6 +38,7 @@ class LearnedCoefficients:
         cut: where the chunks of a tensor are, see :func:`~hf_fuse.merge.learned_weights.chunk_numbers`.
         facts: for the summary: name -> number or text.
         history: a row of figures per epoch or check.
+        mask: a factor for each element of all task vectors, by tensor; then the merge is masked_task_arithmetic.
     """
 
     values_KG: Tensor
@@ -42,6 +46,7 @@ class LearnedCoefficients:
     cut: str = "slices"
     facts: Mapping[str, Any] = field(default_factory=dict)
     history: list[dict[str, Any]] = field(default_factory=list)
+    mask: Mapping[str, Tensor] | None = None
 
 
 def write_coefficients(family: Family, found: LearnedCoefficients, folder: Path, output: Path) -> None:
@@ -57,7 +62,7 @@ def write_coefficients(family: Family, found: LearnedCoefficients, folder: Path,
     rows = found.values_KG.detach().cpu().tolist()
     values = [{unit.name: _row(row, found.layout.get(unit.name)) for unit in family.units} for row in rows]
     made = Coefficients(
-        recipe.estimator, plan.method.name, dict(plan.recipe.parameters),
+        recipe.estimator, MASKED if found.mask else plan.method.name, dict(plan.recipe.parameters),
         (base.ref.key, base_fingerprint(base.checkpoint)),
         [(parent.ref.key, fingerprint(parent)) for parent in family.models], values, family.heads, found.cut,
         recipe.seed, dict(found.facts),
@@ -69,6 +74,12 @@ def write_coefficients(family: Family, found: LearnedCoefficients, folder: Path,
     (folder / RECIPE_FILE).write_text(dump_recipe(record), encoding="utf-8")
     merging = plan.recipe.model_dump(exclude_unset=True, exclude_none=True, exclude={"seed"})
     merging["parameters"] = {"weight": {"learned": str(output)}} | merging["parameters"]
+    if found.mask:
+        metadata = {"statistics": registry.get("merge", MASKED).module.STATISTICS}
+        save_file({name: values.contiguous() for name, values in found.mask.items()}, folder / MASK_FILE, metadata)
+        merging["method"] = MASKED
+        for model in merging["models"]:
+            model["statistics"] = str(output)
     (folder / MERGE_FILE).write_text(yaml.safe_dump(merging, sort_keys=False, allow_unicode=True), encoding="utf-8")
     names = dict(zip(unique_names([Path(parent.ref.key) for parent in family.models]), values))
     with contextlib.suppress(FuseError):  # without matplotlib the numbers are all there is

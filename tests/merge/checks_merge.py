@@ -37,6 +37,7 @@ EXEMPT = {
         "task_arithmetic": "adds the task vectors up",
         "ties": "trims",
         "ties_task_arithmetic": "trims and adds up",
+        "masked_task_arithmetic": "adds up",
         "magnitude": "trims and adds up",
         "breadcrumbs": "trims and adds up",
         "breadcrumbs_ties": "trims and adds up",
@@ -98,6 +99,8 @@ def statistics_of(name: str, models) -> list[dict] | None:
     ]
     if kind == "fisher":
         return [{key: t.square() for key, t in state.items()} for state in floats]
+    if kind == "mask":  # one that changes nothing, as the common checks are about what all merges do
+        return [{key: torch.ones_like(t) for key, t in state.items()} for state in floats]
     return [{key: t.T @ t / len(t) for key, t in state.items() if t.ndim == 2} for state in floats]
 
 

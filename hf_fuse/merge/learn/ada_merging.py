@@ -9,6 +9,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from hf_fuse.merge.columns import columns
+from hf_fuse.merge.contraction import Contraction
 from hf_fuse.merge.family import Family, Task
 from hf_fuse.merge.learn._predictions import entropy, predictions
 from hf_fuse.merge.learned_output import LearnedCoefficients
@@ -61,34 +62,53 @@ def ada_merging(
     """
     layout, count = columns(family.units, granularity, blocks=blocks)
     coefficients_KG = torch.full((len(family.models), count), init)
+    with family.contraction(layout, count, change=_filter(family, ties)) as contraction:
+        kept_KG, history, facts = surest(
+            family, contraction, coefficients_KG, steps=steps, learning_rate=learning_rate, clamp=clamp,
+            check_every=check_every, collapse=collapse,
+        )  # fmt: skip
+    return LearnedCoefficients(kept_KG, layout, facts=facts, history=history)
+
+
+def surest(
+    family: Family,
+    contraction: Contraction,
+    coefficients_KG: Tensor,
+    *,
+    steps: int,
+    learning_rate: float,
+    clamp: bool,
+    check_every: int,
+    collapse: float,
+) -> tuple[Tensor, list[dict[str, Any]], dict[str, Any]]:
+    """The coefficients that these become, history and facts; see :func:`ada_merging`."""
     optimizer = torch.optim.Adam([coefficients_KG], lr=learning_rate)
     size, seed = family.recipe.batch_size, family.recipe.seed
     sources = [task.drawn(size, family.device, seed + number) for number, task in enumerate(family.tasks)]
     kept_KG, history, stopped = coefficients_KG.clone(), [], False
-    with family.contraction(layout, count, change=_filter(family, ties)) as contraction:
+    contraction.write(coefficients_KG)
+    history.append(_looked_at(family, 0))
+    for step in tqdm(range(1, steps + 1), desc=family.recipe.estimator, unit="step", disable=None):
+        for task, source in zip(family.tasks, sources):
+            family.put_head(task.model)
+            logits_NC, _ = predictions(family.model, next(source), prompts=True)
+            entropy(logits_NC).mean().backward()
+        coefficients_KG.grad = contraction.taken_gradient()
+        optimizer.step()
+        if clamp:  # a clamp inside the model would have no gradient outside, and what got there would stay
+            coefficients_KG.clamp_(0, 1)
         contraction.write(coefficients_KG)
-        history.append(_looked_at(family, 0))
-        for step in tqdm(range(1, steps + 1), desc=family.recipe.estimator, unit="step", disable=None):
-            for task, source in zip(family.tasks, sources):
-                family.put_head(task.model)
-                logits_NC, _ = predictions(family.model, next(source), prompts=True)
-                entropy(logits_NC).mean().backward()
-            coefficients_KG.grad = contraction.taken_gradient()
-            optimizer.step()
-            if clamp:  # a clamp inside the model would have no gradient outside, and what got there would stay
-                coefficients_KG.clamp_(0, 1)
-            contraction.write(coefficients_KG)
-            if step % check_every == 0 or step == steps:
-                history.append(_looked_at(family, step))
-                if stopped := _has_collapsed(history, collapse):
-                    break
-                kept_KG = coefficients_KG.clone()
+        if step % check_every == 0 or step == steps:
+            history.append(_looked_at(family, step))
+            if stopped := _has_collapsed(history, collapse):
+                break
+            kept_KG = coefficients_KG.clone()
     used = [row["step"] for row in history][-2 if stopped else -1]
     facts = {
         "steps": used, "stopped by collapse": stopped, "entropy before": _mean(history[0], "entropy"),
         "entropy after": _mean(next(row for row in history if row["step"] == used), "entropy"),
     }  # fmt: skip
-    return LearnedCoefficients(kept_KG, layout, facts=facts, history=history)
+    return kept_KG, history, facts
 
 
 def _filter(family: Family, ties: bool) -> Any:
