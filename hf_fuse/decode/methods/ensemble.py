@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from hf_fuse.decode.completions import tokenizer_beside
 from hf_fuse.decode.fused_models import FusedModels
+from hf_fuse.decode.translated_model import TranslatedModel
 from hf_fuse.decode.vocabularies import first_difference, named
 from hf_fuse.errors import RecipeError
 from hf_fuse.registry import PerModel
@@ -48,8 +49,6 @@ def ensemble(
 
 
 def _translated(models: Sequence[nn.Module], mode: str, align: str) -> list[nn.Module]:
-    from hf_fuse.decode.translated_model import TranslatedModel
-
     if mode != "linear":
         raise RecipeError(
             f"align: only for linear ensembles. In a {mode} one, a token without a partner has no chance."
