@@ -90,8 +90,8 @@ def low_rank_experts(
     blocks = {layer: block for layer, block in expert_blocks(model).items() if layer in names}
     if set(blocks) != set(names):
         raise FuseError(f"{subject.candidate.name}: routers and stored experts are not in the same layers.")
-    splits = [one for layer, block in blocks.items() for one in _split(layer, block.experts, rank)]
     guide = subject.load(resolve(teacher)[0] if teacher else subject.checkpoint.folder).requires_grad_(False)
+    splits = [one for layer, block in blocks.items() for one in _split(layer, block.experts, rank)]
     with torch.enable_grad():
         losses = _train(subject, guide, splits, keep, epochs, batch_size, learning_rate, (distillation, temperature))
     edit = Edit(facts={"loss": losses, "rows": {}})
