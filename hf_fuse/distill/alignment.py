@@ -62,8 +62,9 @@ def reading(
     made = tokenizer(text, add_special_tokens=special, return_offsets_mapping=True, verbose=False)
     ids, offsets = made["input_ids"], made["offset_mapping"]
     starts_C = byte_offsets(text)
-    bounds = [(int(starts_C[start]), int(starts_C[end])) for start, end in offsets]
-    ends = _ends(bounds, [_length(token, family(backend)) for token in backend_tokens(tokenizer, ids, bounds)])
+    bounds = [*map(tuple, starts_C[np.array(offsets, dtype=np.int64).reshape(-1, 2)].tolist())]
+    kind = family(backend)
+    ends = _ends(bounds, [_length(token, kind) for token in backend_tokens(tokenizer, ids, bounds)])
     parts = [(0, len(text))] if shared is None else shared
     return Reading(ids, _within(ends, bounds, [p and (int(starts_C[p[0]]), int(starts_C[p[1]])) for p in parts]))
 

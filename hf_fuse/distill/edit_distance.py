@@ -33,18 +33,21 @@ def edit_distances(one: Sequence[str], other: Sequence[str]) -> np.ndarray:
 
 def _distances(one_PL: np.ndarray, lengths_P: np.ndarray, other_PM: np.ndarray, widths_P: np.ndarray) -> np.ndarray:
     pairs, columns = other_PM.shape
-    place_M = np.arange(columns + 1)
-    row_PM = np.broadcast_to(place_M, (pairs, columns + 1)).astype(np.int32)
+    rows = int(lengths_P.max(initial=0))
+    # Pairs lie side by side in memory, and small: reading it is what takes the time.
+    one_LP, other_MP = np.ascontiguousarray(one_PL.T), np.ascontiguousarray(other_PM.T)
+    small = np.int8 if max(rows, columns) < 100 else np.int32
+    place_M1 = np.arange(columns + 1, dtype=small)[:, None]
+    row_MP = np.repeat(place_M1, pairs, axis=1)
     found_P = np.where(lengths_P == 0, widths_P, 0).astype(np.int32)
-    for index in range(int(lengths_P.max(initial=0))):
-        next_PM = np.empty_like(row_PM)
-        next_PM[:, 0] = index + 1
-        differs_PM = other_PM != one_PL[:, index : index + 1]
-        next_PM[:, 1:] = np.minimum(row_PM[:, 1:] + 1, row_PM[:, :-1] + differs_PM)
-        # An insertion looks to the left in the same row: a running minimum once the slope is taken out.
-        row_PM = np.minimum.accumulate(next_PM - place_M, axis=1) + place_M
-        done_P = lengths_P == index + 1
-        found_P[done_P] = row_PM[done_P, widths_P[done_P]]
+    for index in range(rows):
+        next_MP = np.empty_like(row_MP)
+        next_MP[0] = index + 1
+        np.minimum(row_MP[1:] + 1, row_MP[:-1] + (other_MP != one_LP[index]), out=next_MP[1:])
+        # An insertion looks back in the same row: a running minimum once the slope is taken out.
+        row_MP = np.minimum.accumulate(next_MP - place_M1, axis=0) + place_M1
+        done_P = np.flatnonzero(lengths_P == index + 1)
+        found_P[done_P] = row_MP[widths_P[done_P], done_P]
     return found_P
 
 
@@ -80,7 +83,8 @@ def nearest_words(words: Sequence[str], known: Sequence[str]) -> list[tuple[int,
         within = np.arange(counts.sum()) - np.repeat(counts.cumsum() - counts, counts)
         known_P = owners_E[np.repeat(low_Q[part], counts) + within]
         fits_P = np.abs(lengths_W[word_P] - known_lengths[known_P]) <= limits_W[word_P]
-        pairs_P = np.unique(word_P[fits_P] * len(known) + known_P[fits_P])
+        pairs_P = np.sort(word_P[fits_P] * len(known) + known_P[fits_P])
+        pairs_P = pairs_P[np.diff(pairs_P, prepend=-1) > 0]
         word_P, known_P = pairs_P // len(known), pairs_P % len(known)
         for rows in _of_like_length(np.maximum(lengths_W[word_P], known_lengths[known_P])):
             w, k = word_P[rows], known_P[rows]
