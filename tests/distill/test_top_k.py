@@ -31,11 +31,15 @@ def gradient(method, student, *others, **options):
     return value.item(), found
 
 
-@pytest.mark.parametrize("method", DIVERGENCES)
+@pytest.mark.parametrize("method", [*DIVERGENCES, uld, pld, dhkd])
 def test_nothing_is_learnt_where_no_token_is_known(method):
     student, _ = pair()
-    unknown = TopK(torch.zeros(6, 3).long(), torch.full((6, 3), -torch.inf), torch.zeros(6))
-    value, found = gradient(method, student, unknown)
+    nothing = torch.full((6,), -torch.inf)
+    unknown = TopK(
+        torch.zeros(6, 3).long(), nothing[:, None].expand(6, 3), torch.zeros(6), nothing, log_z_N=torch.zeros(6)
+    )
+    more = (torch.arange(6),) if method in (pld, dhkd) else ()
+    value, found = gradient(method, student, unknown, *more)
     assert value == pytest.approx(0, abs=1e-6) and found.abs().max() < 1e-6
 
 
