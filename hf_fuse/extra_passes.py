@@ -193,6 +193,8 @@ class ExtraPasses:
     def _old_class_means(self) -> Tensor:
         """``(C, D)`` over the training set, NaN for classes without a sample; each process reads a part of it."""
         trainer, args = self._trainer, self._trainer.args
+        if not hasattr(trainer.train_dataset, "__len__"):
+            raise FuseError("old_class_means: the training set is a stream, which can't be read twice.")
         rows = range(args.process_index, len(trainer.train_dataset), trainer.accelerator.num_processes)
         batches = DataLoader(
             Subset(trainer.train_dataset, rows), args.per_device_eval_batch_size, collate_fn=trainer._model_collator

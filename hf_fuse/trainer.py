@@ -9,7 +9,6 @@ accumulation steps.
 from __future__ import annotations
 
 import inspect
-import logging
 from collections.abc import Callable, Iterator
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
@@ -18,7 +17,6 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers import Trainer
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.trainer_utils import EvalLoopOutput
 
 from hf_fuse.attention_report import AttentionWatch
@@ -56,13 +54,12 @@ from hf_fuse.renamed_weights import restore_renamed
 from hf_fuse.replay import REPLAY
 from hf_fuse.router_report import ExpertUsageChart, RouterUsage
 from hf_fuse.sample_ids import SAMPLE_IDS, keeping_sample_ids, numbered
+from hf_fuse.trainer_arguments import check_arguments, name_causal_loss, with_adapter
 from hf_fuse.trainer_config import FuseConfig
 from hf_fuse.trainer_logs import Averages
 
 if TYPE_CHECKING:
     from peft import PeftConfig
-
-logger = logging.getLogger(__name__)
 
 
 class FuseTrainer(Trainer):
@@ -111,10 +108,10 @@ class FuseTrainer(Trainer):
         **trainer_arguments: Any,
     ) -> None:
         args = FuseConfig() if args is None else args
-        _check_arguments(model, args)
+        check_arguments(model, args)
         if peft_config is not None:
-            model = _with_adapter(model, peft_config)
-        _name_causal_loss(model)
+            model = with_adapter(model, peft_config)
+        name_causal_loss(model)
         self.task_weight, self.objectives = args.read_objectives()
         super().__init__(model, args, **trainer_arguments)
         self._check_model()
@@ -431,45 +428,3 @@ class FuseTrainer(Trainer):
         super()._load_optimizer_and_scheduler(checkpoint)
         if checkpoint is not None:
             load_states(self._stateful, checkpoint, self.args.process_index)
-
-
-def _check_arguments(model: Any, args: Any) -> None:
-    if not hasattr(Trainer, "loss_is_scaled_for_ga"):
-        raise FuseError('FuseTrainer needs transformers 5.19 or later. Run: pip install -U "transformers>=5.19"')
-    if not isinstance(args, FuseConfig):
-        raise FuseError(f"args is a {type(args).__name__}, expected a FuseConfig: TrainingArguments with objectives.")
-    if isinstance(model, str):
-        raise FuseError(
-            f"model is the name {model!r}, expected a model. Load it first, with the head that the task needs: "
-            "AutoModelForCausalLM.from_pretrained(...), AutoModelForSequenceClassification.from_pretrained(...)."
-        )
-    if args.n_gpu > 1:
-        logger.warning(
-            "%d GPUs are visible, but this is a single process: it uses one of them. To use all, start it with "
-            "accelerate launch --num_processes %d.",
-            args.n_gpu,
-            args.n_gpu,
-        )
-        args._n_gpu = 1
-
-
-def _with_adapter(model: Any, peft_config: PeftConfig) -> nn.Module:
-    from peft import PeftModel, get_peft_model
-
-    if isinstance(model, PeftModel):
-        raise FuseError("The model has an adapter already. Give either a PeftModel or a peft_config, not both.")
-    return get_peft_model(model, peft_config)
-
-
-def _name_causal_loss(model: Any) -> None:
-    """Sets ``loss_type`` of causal language models whose class name doesn't tell it (``GPT2LMHeadModel``).
-
-    They fall back to this loss anyway, but by ``loss_type`` the Trainer decides whether labels are to be shifted.
-    """
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model
-    config = getattr(base, "config", None)
-    # XLM and XLNet are listed too, but compute a loss of their own that doesn't shift.
-    listed = type(base).__name__ in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()
-    own_loss = getattr(config, "model_type", None) in ("xlm", "xlnet")
-    if listed and not own_loss and base.loss_type is None and not config.is_encoder_decoder:
-        base.loss_type = "ForCausalLM"
