@@ -8,7 +8,7 @@ stays.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 import torch
 from torch import Tensor
@@ -64,8 +64,9 @@ def inverse(units_n: Tensor) -> Tensor:
     return torch.empty_like(units_n).scatter_(0, units_n, torch.arange(len(units_n)))
 
 
-def moved_units(units: Tensor) -> int:
-    """How many units change their place (of a transport map: whose largest part comes from another place)."""
-    if units.dim() == 2:
-        units = units.argmax(0)
-    return int((units != torch.arange(len(units))).sum())
+def moved_units(maps: Maps, spaces: Iterable[str]) -> int:
+    """How many units of a group change their place, in that of its spaces where most do; of a transport map, units
+    whose largest part comes from another place."""
+    found = [maps[space] for space in spaces if space in maps]
+    orders = [units.argmax(0) if units.dim() == 2 else units for units in found]
+    return max((int((units != torch.arange(len(units))).sum()) for units in orders), default=0)

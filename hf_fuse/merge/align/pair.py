@@ -50,9 +50,9 @@ class Pair:
     def groups(self) -> list[Group]:
         return self.spaces[1].groups
 
-    @property
-    def same_widths(self) -> bool:
-        return self.spaces[0].sizes == self.spaces[1].sizes and self.spaces[0].heads == self.spaces[1].heads
+    def movable(self, residual: bool) -> list[Group]:
+        """All groups, or those inside of layers."""
+        return [group for group in self.groups if residual or group.name != RESIDUAL]
 
     def same_function(self, maps: Maps) -> float | None:
         """Largest difference of logits, relative to the largest, that the permutations make; None: not wanted.
@@ -162,7 +162,3 @@ def same_ends(pair: Pair) -> None:
             raise CheckpointError(
                 f"{name} is {shapes}: vocabularies, positions and classes must be the same for a fusion."
             )
-
-
-def is_residual(group: Group) -> bool:
-    return group.name == RESIDUAL

@@ -7,7 +7,7 @@ from torch import Tensor
 from hf_fuse.merge.align.alignment import Alignment, Matched
 from hf_fuse.merge.align.maps import moved_units
 from hf_fuse.merge.align.matching import gain, match
-from hf_fuse.merge.align.pair import Pair, is_residual
+from hf_fuse.merge.align.pair import Pair
 
 PAPER = "2209.04836"
 
@@ -26,7 +26,7 @@ def activation_matching(pair: Pair, *, residual: bool = True) -> Alignment:
     Args:
         residual: also the residual stream's units change places. Models with a common ancestor need not.
     """
-    groups = [group for group in pair.groups if residual or not is_residual(group)]
+    groups = pair.movable(residual)
     found: dict[str, Tensor] = {}
     rows = []
     for group, moments in pair.live.moments(groups):
@@ -36,6 +36,6 @@ def activation_matching(pair: Pair, *, residual: bool = True) -> Alignment:
         before, after = (gain(matrices, one) / units for one in ({}, maps))
         if after - before > 1e-6:
             found |= maps
-        moved = max((moved_units(found[space]) for space in group.spaces if space in found), default=0)
+        moved = moved_units(found, group.spaces)
         rows.append(Matched(group.name, pair.spaces[1].sizes[group.spaces[0]], moved, before, max(before, after)))
     return Alignment(found, "mean correlation of activations", rows)

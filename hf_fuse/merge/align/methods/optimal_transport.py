@@ -17,7 +17,7 @@ from hf_fuse.errors import CheckpointError
 from hf_fuse.merge.align.alignment import Alignment, Fused, Matched
 from hf_fuse.merge.align.maps import carried, moved_units, read_fp32
 from hf_fuse.merge.align.matching import match
-from hf_fuse.merge.align.pair import Pair, is_residual, same_ends
+from hf_fuse.merge.align.pair import Pair, same_ends
 from hf_fuse.merge.align.transport import distance, transport_map
 from hf_fuse.registry import Between
 
@@ -70,7 +70,7 @@ def optimal_transport(
         share: of the reference in the mean.
         residual: also the residual stream is carried over. Models with a common ancestor need not.
     """
-    groups = [group for group in pair.groups if residual or not is_residual(group)]
+    groups = pair.movable(residual)
     strength = (regularization or REGULARIZATION[metric]) if solver == "sinkhorn" else None
     maps: dict[str, Tensor] = {}
     settled = set() if residual else {"residual"}
@@ -99,7 +99,7 @@ def optimal_transport(
             found = {space: units.argmax(0) for space, units in found.items()}
         maps |= found
         settled |= {*group.spaces}
-        moved = max(map(moved_units, found.values()))
+        moved = moved_units(found, group.spaces)
         size = pair.spaces[1].sizes[group.spaces[0]]
         rows.append(Matched(group.name, size, moved, sum(before) / len(before), sum(after) / len(after)))
 

@@ -40,7 +40,7 @@ def recorded(pair: Pair, *, alignment: str, inverted: bool = False) -> Alignment
         Matched(
             group.name,
             pair.spaces[0].sizes[group.spaces[0]],
-            max((moved_units(maps[space]) for space in group.spaces if space in maps), default=0),
+            moved_units(maps, group.spaces),
             None,
             None,
         )

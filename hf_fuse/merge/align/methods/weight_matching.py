@@ -16,7 +16,7 @@ from tqdm import tqdm
 from hf_fuse.merge.align.alignment import Alignment, Matched
 from hf_fuse.merge.align.maps import Maps, moved_units
 from hf_fuse.merge.align.matching import gain, match
-from hf_fuse.merge.align.pair import Pair, is_residual
+from hf_fuse.merge.align.pair import Pair
 from hf_fuse.merge.align.spaces import Group
 from hf_fuse.registry import Between
 
@@ -40,7 +40,7 @@ def weight_matching(pair: Pair, *, residual: bool = True, sweeps: Annotated[int,
         residual: also the residual stream's units change places. Models with a common ancestor need not.
         sweeps: at most, over all groups.
     """
-    groups = [group for group in pair.groups if residual or not is_residual(group)]
+    groups = pair.movable(residual)
     found, done = _ascent(pair, groups, sweeps, anchored=True)
     before, after, whole = _agreement(pair, found)
     if whole[1] < whole[0]:
@@ -51,7 +51,7 @@ def weight_matching(pair: Pair, *, residual: bool = True, sweeps: Annotated[int,
         Matched(
             group.name,
             pair.spaces[1].sizes[group.spaces[0]],
-            max((moved_units(found[space]) for space in group.spaces if space in found), default=0),
+            moved_units(found, group.spaces),
             before[group.name],
             after[group.name],
         )
