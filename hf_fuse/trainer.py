@@ -66,7 +66,7 @@ class FuseTrainer(Trainer):
     """Trains with ``loss = w_task * task_loss + sum of w * objective``, each term logged under its own name.
 
     Every term is the mean over the whole batch of an optimizer step, whatever the number of accumulation steps and
-    processes; only losses that compare the samples of a batch with each other see those of a micro-batch alone.
+    processes; only losses that compare samples of a batch see those of one micro-batch, be it spread over processes.
     ``eval_loss`` is the task loss, the mean over the whole evaluation set, so that it compares runs and moments with
     different weights; the other objectives are logged beside it as ``eval_<name>``.
 

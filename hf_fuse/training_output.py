@@ -161,12 +161,15 @@ def _without_paths(recipe: TrainingRecipe) -> TrainingRecipe:
     for key in ("eval", "replay"):
         if sources := getattr(data, key):
             data = data.model_copy(update={key: [named(source) for source in sources]})
+    options = {key: last(value) if key == "old_model" else value for key, value in recipe.train.items()}
     model = recipe.model.model_copy(update={"path": last(recipe.model.path)})
     if model.adapter:
         model = model.model_copy(update={"adapter": last(model.adapter)})
     teacher = recipe.teacher and [last(name) for name in recipe.teacher]
     sources = recipe.sources and [s.model_copy(update={"path": last(s.path)}) for s in recipe.sources]
-    return recipe.model_copy(update={"model": model, "data": data, "teacher": teacher, "sources": sources})
+    return recipe.model_copy(
+        update={"model": model, "data": data, "train": options, "teacher": teacher, "sources": sources}
+    )
 
 
 def _resolved(setup: Setup) -> TrainingRecipe:

@@ -141,6 +141,22 @@ def test_what_is_replayed_is_not_forgotten(home, tmp_path):
     assert "docs.jsonl" in card and str(home) not in card
 
 
+def test_images_that_stay_comparable_with_an_old_model(home, tmp_path):
+    from PIL import Image
+
+    (tmp_path / "pictures").mkdir()
+    for index in range(8):
+        folder = tmp_path / "pictures" / ("dark", "light")[index % 2]
+        folder.mkdir(exist_ok=True)
+        Image.new("L", (8, 8), 30 + 180 * (index % 2) + index).save(folder / f"{index}.png")
+    recipe = {"model": str(home / "vit"), "data": str(tmp_path / "pictures"),
+              "train": {"objectives": {"bct": 1.0}, "old_model": str(home / "vit"), "max_steps": 2, "use_cpu": True,
+                        "logging_steps": 1, "save_strategy": "no"}}  # fmt: skip
+    train(recipe, output=tmp_path / "out")
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "old_model: vit" in card and str(home) not in card
+
+
 def test_going_on_with_an_adapter(home, tmp_path):
     train(recipe_of(home, LORA, max_steps=2), output=tmp_path / "first")
     recipe = recipe_of(home, max_steps=2) | {"model": f"{home / 'base'}"}
