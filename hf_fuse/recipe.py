@@ -22,7 +22,8 @@ OURS = ("output", "output_kind", "rank", "push", "seed", "max_shard_size")
 OUT_DTYPES = ("float64", "float32", "float16", "bfloat16")
 
 # A parameter's value: one number, flag or word; a list, interpolated over depth (numbers) or stepped (the rest);
-# or a list of {filter, value}, of which the first whose filter matches the tensor's name counts.
+# or a list of {filter, value}, of which the first whose filter matches the tensor's name counts. A weight may also be
+# {learned: FOLDER}, the coefficients that hf-fuse learn has found.
 Value = Any
 
 

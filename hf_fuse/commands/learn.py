@@ -19,10 +19,16 @@ def learn(
 
     Any recipe key can be set: --examples 1024
     """
-    from hf_fuse.merge.coefficients import FILE
+    from hf_fuse.merge.coefficients import FILE, read_coefficients
     from hf_fuse.merge.learn_recipe import LearnRecipe
     from hf_fuse.merge.learning import learn as run
 
     given = overrides(context.args, LearnRecipe.model_fields)
     made = run(recipe, output, overrides=given, overwrite=overwrite)
-    print(f"{'coefficients' if (made / FILE).exists() else 'statistics'}: {made}")
+    if not (made / FILE).exists():
+        print(f"statistics: {made}")
+        return
+    print(f"coefficients: {made}")
+    for name, value in read_coefficients(str(made)).facts.items():
+        print(f"{name}: {value:.4g}" if isinstance(value, float) else f"{name}: {value}")
+    print(f"merge with them: hf-fuse merge {made / 'merge.yaml'} --output FOLDER")

@@ -157,7 +157,7 @@ def open_family(recipe: LearnRecipe) -> Family:
     keys = [model.key for model in recipe.models]
     if recipe.base_model.key in keys or len(set(keys)) < len(keys):
         raise RecipeError("models: the base, or a model for the second time, is among them. Remove it.")
-    shown = _first_whole_model(recipe)
+    shown = _whole_models(recipe)[0]
     sources = [(model.key, number, model.data) for number, model in enumerate(recipe.models) if model.data]
     if recipe.data:
         sources = [("data", None, recipe.data)]
@@ -183,11 +183,19 @@ def open_family(recipe: LearnRecipe) -> Family:
     return Family(recipe, kind, plan, merger, tasks, origin, control, heads)
 
 
-def _first_whole_model(recipe: LearnRecipe) -> Checkpoint:
-    first = recipe.models[0]
-    if first.adapter or is_adapter(resolve(first.path, first.revision)[0]):
-        first = recipe.base_model
-    return open_checkpoint(first.path, first.revision)
+def _whole_models(recipe: LearnRecipe) -> list[Checkpoint]:
+    """The models that are no adapters, and the base.
+
+    Raises:
+        CheckpointError: they are of different architectures.
+    """
+    refs = [m for m in recipe.models if not m.adapter and not is_adapter(resolve(m.path, m.revision)[0])]
+    found = [open_checkpoint(ref.path, ref.revision) for ref in [*refs, recipe.base_model]]
+    kinds = {checkpoint.config.get("model_type"): checkpoint.ref for checkpoint in found}
+    if len(kinds) > 1:
+        said = "; ".join(f"{ref}: {kind}" for kind, ref in kinds.items())
+        raise CheckpointError(f"models: are of different architectures ({said}). Merge models made from one base.")
+    return found
 
 
 def _merging(recipe: LearnRecipe, kind: str) -> dict[str, Any]:

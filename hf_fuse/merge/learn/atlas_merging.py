@@ -99,7 +99,7 @@ def atlas_merging(
 
 def _check_data(family: Family, goal: str) -> None:
     if goal != "unlabelled" and (without := [task.name for task in family.tasks if not task.labelled]):
-        raise RecipeError(f"data of {without[0]}: have no column label, which goal: {goal} learns from.")
+        raise RecipeError(f"data: the examples of {without[0]} have no column label, which goal: {goal} learns from.")
     if goal == "negate" and (family.control is None or len(family.tasks) > 1):
         raise RecipeError("parameters: goal: negate needs one data, what to forget, and control, what to keep.")
     if goal != "negate" and family.control is not None:

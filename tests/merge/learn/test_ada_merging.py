@@ -13,7 +13,7 @@ from hf_fuse import cli
 from hf_fuse.errors import CheckpointError, FuseError, RecipeError
 from hf_fuse.merge.coefficients import read_coefficients
 
-from .families import recipe_of, saved_classifiers, unlabelled
+from .families import recipe_of, saved_classifiers, saved_writers, unlabelled
 from .learn_cases import TEXTS, written_texts
 
 FAST = {"steps": 6, "learning_rate": 0.05, "check_every": 3, "collapse": 1.0}
@@ -116,7 +116,8 @@ def test_same_seed_same_bytes_and_the_command_line(case, tmp_path, capsys):
     recipe = tmp_path / "learn.yaml"
     recipe.write_text(yaml.safe_dump(case))
     cli.app(["learn", str(recipe), "--output", str(tmp_path / "c"), "--parameters.steps", "2"], standalone_mode=False)
-    assert "coefficients:" in capsys.readouterr().out
+    shown = capsys.readouterr().out
+    assert "coefficients:" in shown and "stopped by collapse: False" in shown and "merge.yaml" in shown
     learned(case, tmp_path / "d", steps=2)
     assert (tmp_path / "c" / "coefficients.json").read_bytes() == (tmp_path / "d" / "coefficients.json").read_bytes()
     record = yaml.safe_load((tmp_path / "c" / "fuse_recipe.yaml").read_text())
@@ -156,6 +157,9 @@ def test_models_that_do_not_go_together(case, tmp_path):
     AutoModelForSequenceClassification.from_config(wide).save_pretrained(tmp_path / "wide")
     with pytest.raises(CheckpointError, match="do not fit together"):
         hf_fuse.learn(case | {"models": [first, second | {"path": str(tmp_path / "wide")}]}, tmp_path / "c")
+    writer, _ = saved_writers(tmp_path / "writers", models=0)
+    with pytest.raises(CheckpointError, match=r"different architectures .*bert.*llama|different.*llama.*bert"):
+        hf_fuse.learn(case | {"models": [first, second | {"path": str(writer)}]}, tmp_path / "c")
     rows = written_texts(tmp_path / "rows.jsonl", labels=3)
     hf_fuse.learn(
         case | {"models": [first | {"data": str(rows)}, second]} | {"parameters": {"steps": 1}}, tmp_path / "f"
