@@ -8,6 +8,9 @@
 is right: mixup and label smoothing see to that. The base, a small vision transformer, knows scikit-learn's digits in
 many guises (turned, mirrored, inverted ...); it is fine-tuned on upright digits only. ``upright`` is accuracy there,
 ``guises`` the mean over the others, which fine-tuning forgets.
+
+The full run found no gain here: averaged at 0.5, all four are within 0.1 points of each other on guises (0.594 for
+plain WiSE-FT), and without mixup they are better upright (0.912 against 0.905).
 """
 
 from __future__ import annotations
