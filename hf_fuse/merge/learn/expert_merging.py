@@ -49,6 +49,7 @@ def expert_merging(
     *,
     init: float = 0.3,
     parametrization: Literal["sigmoid", "identity"] = "sigmoid",
+    tensors: Literal["layers", "all"] = "layers",
     hidden_states: Annotated[int, Between(0)] = 4,
     temperature: Annotated[float, Between(0, open_low=True)] = 1.0,
     regularization: Annotated[float, Between(0)] = 0.1,
@@ -61,16 +62,19 @@ def expert_merging(
 ) -> LearnedCoefficients:
     """Minimises, over the prompts of model k, ``mean_l MSE(h_l, h_l of k) + T^2 KL(k || merged)``, no labels needed.
 
-    Five to ten prompts of each model are enough (``examples: 8`` in the recipe). One coefficient per model and matrix
-    of a layer; embeddings, heads, norms and biases stay the base's. Each model is looked at before learning begins, one
-    at a time, in the place of the merged one. With ``chunk_budget`` (Expert Merging++) a second round splits important
-    tensors into chunks with a coefficient each: importance ``I_l = sum_k |c_kl| mean|tau_kl| n_l``, shares
-    ``floor(B L I_l^kappa / sum I^kappa)`` of L tensors. Tensors whose share is 0 keep the value of the first round.
+    Five to ten prompts of each model are enough (``examples: 8`` in the recipe). One coefficient per model and
+    matrix of a layer; embeddings, heads, norms and biases stay the base's unless ``tensors`` says otherwise. Each
+    model is looked at before learning begins, one at a time, in the place of the merged one. With ``chunk_budget``
+    (Expert Merging++) a second round splits important tensors into chunks with a coefficient each: importance ``I_l
+    = sum_k |c_kl| mean|tau_kl| n_l``, shares ``floor(B L I_l^kappa / sum I^kappa)`` of L tensors. Tensors whose
+    share is 0 keep the value of the first round.
 
     Args:
         family: base, models, and prompts of each.
         init: of all coefficients, the best weight of task arithmetic (0.1 in the authors' code, for ten models).
         parametrization: ``sigmoid`` keeps coefficients between 0 and 1.
+        tensors: ``layers`` is the paper's choice for large models; small ones may gain from ``all``, which includes
+            vectors, embeddings and merged heads.
         hidden_states: how many of them to compare, evenly spread over the layers, the last included.
         temperature: of both distributions.
         regularization: times the mean distance of a model's coefficients from their mean. The authors' code has 5,
@@ -86,9 +90,10 @@ def expert_merging(
         raise RecipeError(
             f"parameters: init is {init}, but a sigmoid is between 0 and 1. Say parametrization: identity."
         )
-    learned = {unit.name for unit in family.units if len(unit.matrix) > 1 and layer_of(unit.name)}
+    matrices = {unit.name for unit in family.units if len(unit.matrix) > 1 and layer_of(unit.name)}
+    learned = matrices if tensors == "layers" else {unit.name for unit in family.units}
     if not learned:
-        raise RecipeError("models: no matrix is inside a layer. Use ada_merging or atlas_merging, which take all.")
+        raise RecipeError("models: no matrix is inside a layer. Say parameters: {tensors: all}.")
     fit = _Fit(family, parametrization == "sigmoid", temperature, regularization, epochs, update_size, learning_rate,
                weight_decay)  # fmt: skip
     layout, count = columns(family.units, "tensor", learned=learned)

@@ -36,6 +36,8 @@ def test_loss_falls_and_only_matrices_of_layers_are_learned(case, tmp_path):
         zero = {name for name, (value,) in model.items() if value == 0}
         assert zero == {name for name in model if "layers" not in name or "norm" in name}
         assert all(0 <= value <= 1 for (value,) in model.values())
+    everything, _ = learned(case, tmp_path / "d", tensors="all", epochs=1)
+    assert all(value for model in everything.values for (value,) in model.values())
     merged = load_weights(hf_fuse.merge(tmp_path / "c" / "merge.yaml", tmp_path / "merged"))
     base = load_weights(Path(case["base_model"]))
     assert torch.equal(merged["lm_head.weight"], base["lm_head.weight"])
