@@ -126,11 +126,6 @@ def vocabulary_map(
     return VocabularyMap(torch.tensor(ids), torch.tensor(how, dtype=torch.uint8))
 
 
-def identity_map(size: int) -> VocabularyMap:
-    """Of a vocabulary with itself."""
-    return VocabularyMap(torch.arange(size), torch.full((size,), EXACT, dtype=torch.uint8))
-
-
 def _seen_together(theirs: list, ours: list, pairs: Counter[tuple[int, int]]) -> dict[int, int]:
     usable = [
         (pair, count) for pair, count in pairs.items() if theirs[pair[0]] is not None and ours[pair[1]] is not None
