@@ -52,7 +52,7 @@ def defense_aware(
     m is a relaxed Bernoulli draw. Each step of its training first moves the coefficients one step towards low entropy,
     then moves each task's perturbation d towards more changed predictions, and then m towards low
     ``sum_k mean_x H(f(x)) + perturbed * H(f(x + d_k))``. Needs no triggers, no labels and no clean model, but memory
-    for four more models in fp32: logits of the mask, their gradient and Adam's two moments, and the mask.
+    for five more models in fp32: logits of the mask, their gradient and Adam's two moments, and the mask.
 
     Args:
         family: base, models, and unlabelled examples of each; heads are the models' own.
@@ -132,15 +132,16 @@ class ElementMask:
         self.values = {name: torch.ones_like(logits_N) for name, logits_N in self.logits.items()}
         self.random = torch.Generator().manual_seed(seed)
         self.optimizer = torch.optim.Adam(self.logits.values(), lr=rate)
-        self._drawn: dict[str, Tensor] = {}  # before the division
+        self._means: dict[str, Tensor] = {}  # of what was drawn, which the values were divided by
         self._coefficients_KG: Tensor | None = None  # while gradients are collected
 
     def draw(self) -> None:
         """New values, of mean 1 in every tensor."""
         for name, logits_N in self.logits.items():
             uniform_N = torch.rand(logits_N.shape, generator=self.random).clamp_(1e-6, 1 - 1e-6)
-            self._drawn[name] = ((logits_N + uniform_N.logit()) / self.temperature).sigmoid()
-            self.values[name] = self._drawn[name] / self._drawn[name].mean()
+            drawn_N = ((logits_N + uniform_N.logit()) / self.temperature).sigmoid()
+            self._means[name] = drawn_N.mean()
+            self.values[name] = drawn_N / self._means[name]
 
     def change(self, unit: Unit, start: int, deltas_KN: Tensor) -> Tensor:
         """The task vectors inside the mask."""
@@ -172,8 +173,9 @@ class ElementMask:
 
     def _to_logits(self, name: str, gradient_N: Tensor) -> Tensor:
         """From dL/dm to the logits, through the division by the mean and the relaxed draw."""
-        drawn_N, values_N = self._drawn[name], self.values[name]
-        inner_N = (gradient_N - (gradient_N * values_N).mean()) / drawn_N.mean()
+        values_N, mean = self.values[name], self._means[name]
+        drawn_N = values_N * mean
+        inner_N = (gradient_N - (gradient_N * values_N).mean()) / mean
         return inner_N * drawn_N * (1 - drawn_N) / self.temperature
 
 
