@@ -55,10 +55,6 @@ CASES = {
     "uld": (lambda: [aligned()], {"task": 0.5, "uld": 1.0}),
     "gld": (lambda: [aligned()], {"task": 0.5, "gld": {"weight": 0.1, "k": 6}}),
     "fuse_llm": (both, FUSE),
-    "paper": (
-        both,
-        {"task": 0.5, "fuse_llm": {"weight": 0.5, "support": "renormalized", "unaligned": "label"}},
-    ),
     "fusion_x": (both, {"task": 0.5, "fusion_x": {"weight": 0.5, "balance": 0.0}}),
     "mixed": (lambda: [student(3), aligned()], KL),
 }
@@ -69,7 +65,7 @@ def test_accumulation_changes_nothing(case, tmp_path):
     teachers, objectives = CASES[case]
     whole = train(make_trainer(tmp_path, 8, 1, teachers(), objectives))
     same(whole, train(make_trainer(tmp_path, 2, 4, teachers(), objectives)))
-    if case not in ("gld",):
+    if case in ("forward_kl", "fuse_llm", "mixed"):
         same(whole, train(make_trainer(tmp_path, 4, 2, teachers(), objectives, chunk_size=7)))
     name = [*objectives][1]
     assert math.isfinite(whole[0][0][name]) and whole[0][0][name] > 0
