@@ -133,7 +133,7 @@ class Method:
         return self.options[name]
 
     def settings(self, said: Mapping[str, Any], where: str = "parameters") -> dict[str, Any]:
-        """All keyword arguments, checked: what a recipe says, and defaults for the rest.
+        """All keyword arguments, checked: what a recipe says (a list of options that are per model), and defaults.
 
         Raises:
             RecipeError: unknown or missing parameter, or one out of range.
@@ -143,7 +143,10 @@ class Method:
             if option.required and option not in given:
                 raise RecipeError(f"{where}: {option.name} is missing. Expected {option.describe()}.")
         found = {option.keyword: option.default for option in self.options.values()}
-        return found | {option.keyword: option.check(value, where) for option, value in given.items()}
+        for option, value in given.items():
+            several = option.per_model and isinstance(value, list)
+            found[option.keyword] = [option.check(v, where) for v in value] if several else option.check(value, where)
+        return found
 
 
 def nearest(name: str, known: Sequence[str] | dict) -> str:

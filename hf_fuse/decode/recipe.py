@@ -53,26 +53,7 @@ class DecodeRecipe(BaseModel):
 
     @property
     def options(self) -> dict[str, Any]:
-        """The method's keyword arguments, checked.
-
-        Raises:
-            RecipeError: unknown or missing parameter, or one out of range.
-        """
-        method = self.found_method
-        for name in self.parameters:
-            method.option(name, "parameters")
-        found = {}
-        for option in method.options.values():
-            if option.name not in self.parameters:
-                if option.required:
-                    raise RecipeError(f"parameters: {option.name} is missing. Expected {option.describe()}.")
-                continue
-            said = self.parameters[option.name]
-            if option.per_model and isinstance(said, list):
-                found[option.keyword] = [option.check(value, "parameters") for value in said]
-            else:
-                found[option.keyword] = option.check(said, "parameters")
-        return found
+        return self.found_method.settings(self.parameters)
 
 
 def model_keys(method: registry.Method) -> dict[str, bool]:

@@ -56,14 +56,7 @@ class LearnRecipe(BaseModel):
 
     @property
     def options(self) -> dict[str, Any]:
-        """The estimator's keyword arguments, checked.
-
-        Raises:
-            RecipeError: unknown parameter, or one out of range.
-        """
-        said = {self.method.option(name, "parameters"): value for name, value in self.parameters.items()}
-        defaults = {option.keyword: option.default for option in self.method.options.values()}
-        return defaults | {option.keyword: option.check(value, "parameters") for option, value in said.items()}
+        return self.method.settings(self.parameters)
 
 
 def load_learn_recipe(source: str | Path | dict | LearnRecipe, overrides: dict[str, Any] | None = None) -> LearnRecipe:

@@ -51,23 +51,7 @@ class AlignRecipe(BaseModel):
 
     @property
     def options(self) -> dict[str, Any]:
-        """The method's keyword arguments, checked.
-
-        Raises:
-            RecipeError: unknown or missing parameter, or one out of range.
-        """
-        method = self.found_method
-        for name in self.parameters:
-            method.option(name, "parameters")
-        found = {}
-        for option in method.options.values():
-            if option.name in self.parameters:
-                found[option.keyword] = option.check(self.parameters[option.name], "parameters")
-            elif option.required:
-                raise RecipeError(f"parameters: {option.name} is missing. Expected {option.describe()}.")
-            else:
-                found[option.keyword] = option.default
-        return found
+        return self.found_method.settings(self.parameters)
 
 
 def load_align_recipe(source: str | Path | dict | AlignRecipe, overrides: dict[str, Any] | None = None) -> AlignRecipe:
