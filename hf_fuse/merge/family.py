@@ -17,7 +17,7 @@ from hf_fuse.evaluation_models import Candidate, candidates, check_device, loade
 from hf_fuse.merge.columns import Columns
 from hf_fuse.merge.contraction import Contraction
 from hf_fuse.merge.heads import head_tensors
-from hf_fuse.merge.learn_data import encoded_examples, read_examples
+from hf_fuse.merge.learn_data import WRITERS, encoded_examples, read_examples
 from hf_fuse.merge.learn_recipe import LearnRecipe
 from hf_fuse.merge.live import regions
 from hf_fuse.merge.plan import Parent, Plan
@@ -70,7 +70,7 @@ class Family:
     """Base and models as a merge sees them, and their tasks.
 
     Attributes:
-        kind: ``causal``, ``text`` or ``image``: what the models predict from.
+        kind: ``causal``, ``seq2seq``, ``text`` or ``image``: what the models predict from.
         plan: of the merge that the coefficients are for.
         merger: the stream of its task vectors, measured where its method measures.
         tasks: one per model with data of its own; or the target alone.
@@ -204,7 +204,7 @@ def _merging(recipe: LearnRecipe, kind: str) -> dict[str, Any]:
     method, parameters = merging(**recipe.options) if merging else ("task_arithmetic", {})
     models = [model.model_dump(exclude={"data"}, exclude_none=True) for model in recipe.models]
     said = {"method": method, "base_model": recipe.base_model.model_dump(exclude_none=True), "models": models}
-    if kind != "causal" and recipe.heads == "own":
+    if kind not in WRITERS and recipe.heads == "own":
         said["heads"] = models[0] if recipe.models[0].data else said["base_model"]
     return said | {"parameters": parameters, "seed": recipe.seed}
 
@@ -213,7 +213,7 @@ def _candidates(plan: Plan, recipe: LearnRecipe, kind: str) -> dict[int | None, 
     """Config and tokenizer or image processor of every model with data, by number, and those of the base (None) where
     they are needed; adapters have those of the base."""
     wanted = {number: model.key for number, model in enumerate(recipe.models) if model.data}
-    if kind == "causal" or recipe.data or recipe.control or recipe.heads == "merged":
+    if kind in WRITERS or recipe.data or recipe.control or recipe.heads == "merged":
         wanted |= {None: recipe.base_model.key}
     return {number: candidates([str(plan.parents[key].checkpoint.folder)], kind)[0] for number, key in wanted.items()}
 

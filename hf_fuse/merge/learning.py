@@ -29,7 +29,7 @@ class Subject:
     """The model to learn about and the examples to learn from.
 
     Attributes:
-        kind: ``causal``, ``text`` or ``image``: what the model predicts from.
+        kind: ``causal``, ``seq2seq``, ``text`` or ``image``: what the model predicts from.
         data: encoded; ``train`` holds the chosen examples.
         labelled: whether the labels of the data mean anything.
     """

@@ -26,6 +26,9 @@ def predictions(model: Any, batch: dict[str, Tensor], *, prompts: bool = False) 
     logits = model(**inputs).logits
     if logits.ndim == 2:
         return logits.float(), labels
+    if "decoder_input_ids" in batch:  # what an encoder-decoder reads is not predicted
+        kept_BT = labels != IGNORED
+        return logits[kept_BT].float(), labels[kept_BT]
     kept_BT = _predicted(batch, prompts)
     return logits[:, :-1][kept_BT].float(), labels[:, 1:][kept_BT]
 

@@ -14,6 +14,7 @@ from hf_fuse.merge.contraction import Contraction
 from hf_fuse.merge.family import Family
 from hf_fuse.merge.learn._predictions import mean_cross_entropy, scores
 from hf_fuse.merge.learn._self_training import SelfTraining
+from hf_fuse.merge.learn_data import WRITERS
 from hf_fuse.merge.learned_output import LearnedCoefficients
 from hf_fuse.registry import Between
 
@@ -104,7 +105,7 @@ def _check_data(family: Family, goal: str) -> None:
         raise RecipeError("parameters: goal: negate needs one data, what to forget, and control, what to keep.")
     if goal != "negate" and family.control is not None:
         raise RecipeError(f"control has no meaning for goal: {goal}. Remove it.")
-    if goal == "unlabelled" and (family.kind == "causal" or len(family.tasks) > 1):
+    if goal == "unlabelled" and (family.kind in WRITERS or len(family.tasks) > 1):
         raise RecipeError("parameters: goal: unlabelled needs one data, and classifiers.")
 
 

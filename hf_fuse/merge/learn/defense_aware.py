@@ -193,7 +193,7 @@ class Perturbation:
             believed_B = predictions(model, batch, prompts=True)[0].argmax(-1)
         if self.delta is None:
             pixels = batch.get("pixel_values")
-            shape = pixels.shape[1:] if pixels is not None else (model.get_input_embeddings().weight.shape[1],)
+            shape = pixels.shape[1:] if pixels is not None else (self._embedding().weight.shape[1],)
             self.delta = torch.zeros(shape, device=self.family.device, requires_grad=True)
             self.optimizer = torch.optim.Adam([self.delta], lr=self.rate)
         with self.applied():
@@ -217,9 +217,12 @@ class Perturbation:
         if self.delta.dim() > 1:
             yield
             return
-        embedding: Any = self.family.model.get_input_embeddings()
-        handle = embedding.register_forward_hook(lambda _, __, out: out + self.delta.to(out))
+        handle = self._embedding().register_forward_hook(lambda _, __, out: out + self.delta.to(out))
         try:
             yield
         finally:
             handle.remove()
+
+    def _embedding(self) -> Any:
+        model = self.family.model
+        return (model.get_encoder() if model.config.is_encoder_decoder else model).get_input_embeddings()

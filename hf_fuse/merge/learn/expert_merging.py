@@ -17,6 +17,7 @@ from hf_fuse.errors import RecipeError
 from hf_fuse.merge.columns import Columns, columns
 from hf_fuse.merge.contraction import Contraction
 from hf_fuse.merge.family import Family, Task
+from hf_fuse.merge.learn._predictions import IGNORED
 from hf_fuse.merge.learned_output import LearnedCoefficients
 from hf_fuse.merge.parameters import layer_of
 from hf_fuse.merge.sources import BLOCK, Buffers
@@ -239,20 +240,29 @@ def _with_rest(log_probs_NC: Tensor, ids_NK: Tensor) -> Tensor:
 
 
 def _seen(model: Any, batch: dict[str, Tensor], states: int) -> tuple[list[Tensor], Tensor]:
-    """Hidden states ``fp32 [n, d]`` and logits ``fp32 [N, C]`` where there is no padding."""
+    """Hidden states ``fp32 [n, d]`` and logits ``fp32 [N, C]`` where there is no padding; of an encoder-decoder the
+    states of both."""
     inputs = {name: values for name, values in batch.items() if name != "labels"}
     made = model(**inputs, output_hidden_states=states > 0)
     mask_BT = batch.get("attention_mask")
 
-    def kept(values: Tensor) -> Tensor:
+    def kept(values: Tensor, mask_BT: Tensor | None) -> Tensor:
         masked = mask_BT is not None and values.shape[:-1] == mask_BT.shape
         return (values[mask_BT.bool()] if masked else values.flatten(0, -2)).float()
 
-    layers = len(made.hidden_states) - 1 if states else 0  # the first are the embeddings
-    states = min(states, layers)
-    places = [round((number + 1) * layers / states) for number in range(states)]
-    logits = made.logits.float() if made.logits.ndim == 2 else kept(made.logits)
-    return [kept(made.hidden_states[place]) for place in places], logits
+    found: list[tuple[Tensor, Tensor | None]] = []
+    written_BT = mask_BT
+    if "decoder_input_ids" in batch:
+        written_BT = batch["labels"] != IGNORED
+        if states:
+            found = [(state, mask_BT) for state in made.encoder_hidden_states[1:]]  # the first are the embeddings
+            found += [(state, written_BT) for state in made.decoder_hidden_states[1:]]
+    elif states:
+        found = [(state, mask_BT) for state in made.hidden_states[1:]]
+    states = min(states, len(found))
+    places = [round((number + 1) * len(found) / states) - 1 for number in range(states)]
+    logits = made.logits.float() if made.logits.ndim == 2 else kept(made.logits, written_BT)
+    return [kept(*found[place]) for place in places], logits
 
 
 def _chunks(

@@ -8,11 +8,12 @@ import torch
 from torch import Tensor
 
 from hf_fuse.errors import RecipeError
+from hf_fuse.merge.learn._predictions import predictions
+from hf_fuse.merge.learn_data import WRITERS
 from hf_fuse.merge.learning import Learned, Subject
 from hf_fuse.registry import Between
 
 PAPER = "https://arxiv.org/abs/2111.09832"
-IGNORED = -100  # labels of positions at which nothing is predicted
 
 
 def fisher(
@@ -34,7 +35,7 @@ def fisher(
         samples: draws per example.
     """
     model = subject.model
-    if labels == "exact" and subject.kind == "causal":
+    if labels == "exact" and subject.kind in WRITERS:
         raise RecipeError("parameters: labels: exact needs a classifier; a language model has too many. Use sampled.")
     if labels == "given" and not subject.labelled:
         raise RecipeError("parameters: labels: given, but the data have no column label. Use sampled.")
@@ -57,7 +58,8 @@ def fisher(
     random = torch.Generator().manual_seed(subject.recipe.seed)
     count = len(subject.data.train)
     for batch in subject.batches(1):
-        log_probs_NC, given_N = _predictions(model, batch)
+        logits_NC, given_N = predictions(model, batch)
+        log_probs_NC = logits_NC.log_softmax(-1)
         draws = _draws(log_probs_NC, given_N, labels, samples, random)
         for number, (share, drawn_N) in enumerate(draws, 1):
             weight[0] = share / count
@@ -71,17 +73,6 @@ def fisher(
         if info.is_float and name not in tensors and name not in shared:
             tensors[name] = torch.zeros(info.shape)  # buffers, and what this model does not use
     return Learned(tensors, shared, facts={"examples": count})
-
-
-def _predictions(model: Any, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
-    """Log-probabilities ``fp32 [N, C]`` of the predictions of one example, and the labels given for them ``[N]``."""
-    given = batch.pop("labels")
-    logits = model(**batch).logits.float()
-    if logits.ndim == 3:  # position t predicts token t + 1
-        given = given[0, 1:]
-        kept = given != IGNORED
-        logits, given = logits[0, :-1][kept], given[kept]
-    return logits.log_softmax(-1), given
 
 
 def _draws(

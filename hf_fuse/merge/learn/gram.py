@@ -40,7 +40,8 @@ def gram(subject: Subject) -> Learned:
 
     handles = [_watch(layers[name], lambda x, name=name: add(name, x)) for name in sorted(set(leaders.values()))]
     with torch.no_grad():
-        for batch in subject.batches(subject.recipe.batch_size):
+        # An encoder's and a decoder's padding can't be told apart by shapes; single examples have none.
+        for batch in subject.batches(1 if subject.kind == "seq2seq" else subject.recipe.batch_size):
             batch.pop("labels")
             mask[0] = batch.get("attention_mask")
             model(**batch)
