@@ -1,18 +1,12 @@
-"""Tiny image classifiers, and objectives that attach something to the training, in different layouts.
-
-``torchrun attached_cases.py FOLDER CASE:BATCH:ACCUMULATION ...`` trains some, and writes as ``training_cases.py`` does.
-"""
+"""Tiny image classifiers, and objectives that attach something to the training, in different layouts."""
 
 from __future__ import annotations
 
-import json
-import sys
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
-from training_cases import language_data, llama, padded, three_steps, train
+from training_cases import language_data, llama, padded, three_steps
 from transformers import ViTConfig, ViTForImageClassification
 
 from hf_fuse import DistillConfig, DistillTrainer
@@ -73,16 +67,3 @@ def make_trainer(case: str, output: Path, batch: int, accumulation: int, **chang
         data_collator=padded if is_language else None,
         **own,
     )
-
-
-if __name__ == "__main__":
-    folder = Path(sys.argv[1])
-    for case, batch, accumulation in (argument.split(":") for argument in sys.argv[2:]):
-        trainer = make_trainer(case, folder, int(batch), int(accumulation))
-        assert trainer.accelerator.num_processes == 2, trainer.accelerator.state
-        logs, trained = train(trainer)
-        if trainer.is_world_process_zero():
-            name = f"{case}-{batch}-{accumulation}"
-            (folder / f"{name}.json").write_text(json.dumps(logs))
-            save_file(trained, folder / f"{name}.safetensors")
-    torch.distributed.destroy_process_group()

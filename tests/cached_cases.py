@@ -1,19 +1,13 @@
-"""Students of cached teachers and of a second head, in different layouts; run by torchrun, this file trains some.
-
-``torchrun cached_cases.py FOLDER CACHE CASE:BATCH:ACCUMULATION ...`` writes what ``training_cases.py`` does.
-"""
+"""Students of cached teachers and of a second head, in different layouts."""
 
 from __future__ import annotations
 
-import json
-import sys
 from pathlib import Path
 from typing import Any
 
 import torch
 from distill_cases import KL, another
-from safetensors.torch import save_file
-from training_cases import bert, classes_data, language_data, llama, padded, three_steps, train
+from training_cases import bert, classes_data, language_data, llama, padded, three_steps
 
 from hf_fuse import DistillConfig, DistillTrainer
 from hf_fuse.distill.cache import CachedRow, CacheFacts, CacheWriter, text_key
@@ -68,16 +62,3 @@ def make_trainer(
         train_dataset=data,
         **{"eval_dataset": data[:13], "data_collator": padded if is_language else None} | own,
     )
-
-
-if __name__ == "__main__":
-    folder, cache = map(Path, sys.argv[1:3])
-    for case, batch, accumulation in (argument.split(":") for argument in sys.argv[3:]):
-        trainer = make_trainer(case, folder, int(batch), int(accumulation), cache)
-        assert trainer.accelerator.num_processes == 2, trainer.accelerator.state
-        logs, trained = train(trainer)
-        if trainer.is_world_process_zero():
-            name = f"{case}-{batch}-{accumulation}"
-            (folder / f"{name}.json").write_text(json.dumps(logs))
-            save_file(trained, folder / f"{name}.safetensors")
-    torch.distributed.destroy_process_group()

@@ -1,20 +1,14 @@
-"""Tiny students and teachers in different layouts; run by torchrun, this file trains some of them.
-
-``torchrun distill_cases.py FOLDER CASE:BATCH:ACCUMULATION ...`` writes what ``training_cases.py`` does.
-"""
+"""Tiny students and teachers in different layouts."""
 
 from __future__ import annotations
 
-import json
-import sys
 from inspect import signature
 from pathlib import Path
 from typing import Any
 
 import torch
 from peft import LoraConfig
-from safetensors.torch import save_file
-from training_cases import bert, classes_data, language_data, llama, padded, three_steps, train
+from training_cases import bert, classes_data, language_data, llama, padded, three_steps
 
 from hf_fuse import DistillConfig, DistillTrainer, registry
 
@@ -78,16 +72,3 @@ def make_trainer(case: str, output: Path, batch: int, accumulation: int, **chang
         data_collator=padded if is_language else None,
         **own,
     )
-
-
-if __name__ == "__main__":
-    folder = Path(sys.argv[1])
-    for case, batch, accumulation in (argument.split(":") for argument in sys.argv[2:]):
-        trainer = make_trainer(case, folder, int(batch), int(accumulation))
-        assert trainer.accelerator.num_processes == 2, trainer.accelerator.state
-        logs, trained = train(trainer)
-        if trainer.is_world_process_zero():
-            name = f"{case}-{batch}-{accumulation}"
-            (folder / f"{name}.json").write_text(json.dumps(logs))
-            save_file(trained, folder / f"{name}.safetensors")
-    torch.distributed.destroy_process_group()

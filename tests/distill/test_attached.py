@@ -1,11 +1,5 @@
 """Objectives with heads, peers, views, histories and earlier selves: numbers, layouts, checkpoints and refusals."""
 
-import json
-import os
-import subprocess
-import sys
-
-import attached_cases
 import pytest
 import torch
 import torch.nn.functional as F
@@ -48,27 +42,6 @@ def test_accumulation_changes_nothing(case, tmp_path):
     same(whole, train(make_trainer(case, tmp_path, 2, 4, max_steps=4)))
     term = case.split("_")[0]
     assert whole[0][3][term] > 0 and f"eval_{term}" not in whole[0][-1]
-
-
-LAYOUTS = [("saf", 4, 1), ("mutual", 2, 2), ("lsskd", 4, 1), ("tgeo", 4, 1)]
-
-
-@pytest.fixture(scope="module")
-def two_processes(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("two_processes")
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    command += [attached_cases.__file__, str(folder), *(":".join(map(str, layout)) for layout in LAYOUTS)]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, capture_output=True, text=True, env=environment)
-    assert done.returncode == 0, done.stderr[-4000:]
-    return folder
-
-
-@pytest.mark.parametrize(("case", "batch", "accumulation"), LAYOUTS)
-def test_two_processes_train_as_one(case, batch, accumulation, two_processes, tmp_path):
-    name = f"{case}-{batch}-{accumulation}"
-    two = json.loads((two_processes / f"{name}.json").read_text()), load_file(two_processes / f"{name}.safetensors")
-    same(train(make_trainer(case, tmp_path, 8, 1)), two)
 
 
 @pytest.mark.parametrize("case", ["saf", "mesa", "mutual", "lsskd", "tgeo"])

@@ -1,16 +1,11 @@
 """Training from a teacher's cache, and with a second head: the numbers of a plain loop, the same in every layout."""
 
-import json
-import os
 import pickle
-import subprocess
-import sys
 
-import cached_cases
 import pytest
 import torch
 import torch.nn.functional as F
-from cached_cases import CASES, make_trainer, write_cache
+from cached_cases import K, make_trainer, write_cache
 from distill_cases import another, lora
 from safetensors.torch import load_file
 from tiny_models import save_tokenizer
@@ -79,27 +74,6 @@ def test_accumulation_changes_nothing(case, cache, tmp_path):
     same(train(make_trainer(case, tmp_path, 8, 1, cache)), train(make_trainer(case, tmp_path, 2, 4, cache)))
 
 
-# The four samples of a process one by one, or at once.
-LAYOUTS = [(case, 1, 4) for case in CASES] + [("dual_classes", 4, 1)]
-
-
-@pytest.fixture(scope="module")
-def two_processes(cache, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("two_processes")
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    command += [cached_cases.__file__, str(folder), str(cache), *(":".join(map(str, layout)) for layout in LAYOUTS)]
-    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
-    assert done.returncode == 0, done.stderr[-4000:]
-    return folder
-
-
-@pytest.mark.parametrize(("case", "batch", "accumulation"), LAYOUTS)
-def test_two_processes_train_as_one(case, batch, accumulation, two_processes, cache, tmp_path):
-    name = f"{case}-{batch}-{accumulation}"
-    two = json.loads((two_processes / f"{name}.json").read_text()), load_file(two_processes / f"{name}.safetensors")
-    same(train(make_trainer(case, tmp_path, 8, 1, cache)), two)
-
-
 def test_chunks_train_as_the_whole(cache, tmp_path):
     whole, chunks = (train(make_trainer("cached_chunks", tmp_path, 4, 2, cache, chunk_size=size)) for size in (0, 5))
     same(whole, chunks)
@@ -143,7 +117,7 @@ def test_padded_and_packed_texts_are_found(tmp_path):
     def found(batch):
         made = teacher.look_up(batch)
         top = teacher.predictions(made, batch["labels"], shifted=True)
-        assert made["ids"].shape == (*batch["input_ids"].shape, cached_cases.K)
+        assert made["ids"].shape == (*batch["input_ids"].shape, K)
         assert made["log_probs"][~made["covered"]].isneginf().all() and not made["ids"][~made["covered"]].any()
         return top
 

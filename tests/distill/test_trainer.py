@@ -1,11 +1,5 @@
 """DistillTrainer: the numbers of a plain loop, the same ones in every layout, and teachers that stay as they are."""
 
-import json
-import os
-import subprocess
-import sys
-
-import distill_cases
 import pytest
 import torch
 import torch.nn.functional as F
@@ -78,27 +72,6 @@ def test_labels_are_shifted_for_models_whose_name_does_not_tell(tmp_path):
 @pytest.mark.parametrize("case", CASES)
 def test_accumulation_changes_nothing(case, tmp_path):
     same(train(make_trainer(case, tmp_path, 8, 1)), train(make_trainer(case, tmp_path, 2, 4)))
-
-
-LAYOUTS = [("language", 4, 1), ("language", 1, 4), ("chunks", 1, 4), ("base", 2, 2), ("classes", 4, 1)]
-
-
-@pytest.fixture(scope="module")
-def two_processes(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("two_processes")
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    command += [distill_cases.__file__, str(folder), *(":".join(map(str, layout)) for layout in LAYOUTS)]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, capture_output=True, text=True, env=environment)
-    assert done.returncode == 0, done.stderr[-4000:]
-    return folder
-
-
-@pytest.mark.parametrize(("case", "batch", "accumulation"), LAYOUTS)
-def test_two_processes_train_as_one(case, batch, accumulation, two_processes, tmp_path):
-    name = f"{case}-{batch}-{accumulation}"
-    two = json.loads((two_processes / f"{name}.json").read_text()), load_file(two_processes / f"{name}.safetensors")
-    same(train(make_trainer(case, tmp_path, 8, 1)), two)
 
 
 def test_chunks_train_as_the_whole(tmp_path):
