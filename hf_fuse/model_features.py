@@ -68,11 +68,15 @@ def sample_features(model: nn.Module, inputs: dict[str, Any], outputs: Any, seen
     last_BTD = states[-1] if states else getattr(outputs, "last_hidden_state", None)
     if last_BTD is None:
         raise FuseError(f"features: {type(model).__name__} returns no hidden states.")
-    mask_BT = inputs.get("attention_mask")
-    if mask_BT is None or mask_BT.shape != last_BTD.shape[:2]:
-        return last_BTD.flatten(1, -2).mean(1)
-    weights_BT1 = mask_BT.to(last_BTD).unsqueeze(-1)
-    return (last_BTD * weights_BT1).sum(1) / weights_BT1.sum(1).clamp(min=1)
+    return pooled(last_BTD, inputs.get("attention_mask"))
+
+
+def pooled(states_BTD: Tensor, mask_BT: Tensor | None) -> Tensor:
+    """Mean ``(B, D)`` over the tokens that the mask shows; over all if it is of other tokens, or there is none."""
+    if mask_BT is None or mask_BT.shape != states_BTD.shape[:2]:
+        return states_BTD.flatten(1, -2).mean(1)
+    weights_BT1 = mask_BT.to(states_BTD).unsqueeze(-1)
+    return (states_BTD * weights_BT1).sum(1) / weights_BT1.sum(1).clamp(min=1)
 
 
 def of_labelled(rows_B: Tensor, labels: Any) -> Tensor:

@@ -18,6 +18,8 @@ HEADS = {
     "PredictionMarket": "prediction_market",
     "Concatenated": "concatenated",
     "Bonsai": "bonsai",
+    "Cosmo": "cosmo",
+    "LabelSetOperations": "label_sets",
 }
-# Those that work on other heads' probabilities, on more than one sample, or with a model inside.
-OTHERS = {"Loki": "loki", "Cosmo": "cosmo", "LabelSetOperations": "label_sets", "Levi": "levi"}
+# Those with another head or a model inside.
+OTHERS = {"Loki": "loki", "Levi": "levi"}

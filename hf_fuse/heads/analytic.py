@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from scipy.linalg import cho_factor, cho_solve
 
-from hf_fuse.heads.head import Head, features, one_hot
+from hf_fuse.heads.head import Head, one_hot
 
 BLOCK = 512  # samples per update: the update solves a system of this size
 
@@ -33,12 +33,12 @@ class Analytic(Head):
         self.expansion = expansion
         self.seed = seed
 
-    def partial_fit(self, X: Any, y: Any) -> Analytic:
+    def partial_fit(self, X: Any, y: Any, classes: Any = None) -> Analytic:
         """Adds samples."""
         if not self.ridge > 0:
             raise ValueError(f"ridge is {self.ridge}; expected a number above 0.")
-        X = self._expanded(features(X))
-        numbers = self._learned(y, len(X))
+        X, numbers = self._samples(X, y)
+        X = self._expanded(X)
         if not hasattr(self, "inverse_"):
             self.inverse_ = np.eye(X.shape[1]) / self.ridge
             self.weights_ = np.zeros((len(self.classes_), X.shape[1]))
@@ -60,14 +60,17 @@ class Analytic(Head):
         draw = np.random.default_rng(self.seed)
         return np.maximum(X @ (draw.standard_normal((X.shape[1], self.expansion)) / np.sqrt(X.shape[1])), 0)
 
-    def decision_function(self, X: Any) -> np.ndarray:
+    def scores(self, X: Any) -> np.ndarray:
         """Regressed one-hot codes ``(N, C)``."""
         return self._expanded(self._features(X)) @ self.weights_.T
 
     def predict_proba(self, X: Any) -> np.ndarray:
-        """The codes are estimates of probabilities: cut off below 0 and scaled to a sum of 1."""
-        codes = np.maximum(self.decision_function(X), 1e-12)
-        return codes / codes.sum(1, keepdims=True)
+        """The codes are estimates of probabilities: the nearest ones to them, in the Euclidean sense."""
+        codes_NC = self.scores(X)
+        sorted_NC = -np.sort(-codes_NC, axis=1)
+        excess_NC = (sorted_NC.cumsum(1) - 1) / np.arange(1, codes_NC.shape[1] + 1)
+        kept_N = (sorted_NC > excess_NC).sum(1)
+        return np.maximum(codes_NC - excess_NC[np.arange(len(codes_NC)), kept_N - 1, None], 0)
 
     def linear(self) -> tuple[np.ndarray, np.ndarray]:
         """Weights ``(C, D)`` and bias ``(C,)`` with the same predictions, but other probabilities."""

@@ -49,8 +49,10 @@ class Bonsai(NetworkHead):
         seed: of everything random.
 
     Attributes:
-        rounds_: number of rounds that found errors to learn from.
+        rounds_: number of rounds that were trained.
     """
+
+    LEARNED = (*NetworkHead.LEARNED, "rounds_")
 
     def __init__(
         self,
@@ -76,25 +78,26 @@ class Bonsai(NetworkHead):
 
     def fit(self, X: Any, y: Any) -> Bonsai:
         """Rounds, synthesis, and the classifier on the features found."""
-        for name in ("classes_", "network_"):
-            self.__dict__.pop(name, None)
-        rows = self._rows(X)
-        targets_N = torch.as_tensor(self._learned(y, len(rows)))
-        self._make(rows.shape[1])
+        self._forget()
+        rows_ND, targets_N = self._samples(X, y)
+        self._make()
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(self.seed)
-            self._grow(rows, targets_N)
-        for parameter in self.network_[0].parameters():
-            parameter.requires_grad_(False)
-        if self.epochs:
-            super().partial_fit(X, y)
-        return self
+            self._grow(torch.as_tensor(rows_ND).float(), torch.as_tensor(targets_N))
+        return self.partial_fit(X, y) if self.epochs else self
+
+    def partial_fit(self, X: Any, y: Any, classes: Any = None) -> Bonsai:
+        """Trains the classifier on; the features stay. The first call is :meth:`fit`."""
+        if not hasattr(self, "rounds_"):
+            return self.fit(X, y)
+        self.network_[0].requires_grad_(False)
+        return super().partial_fit(X, y)
 
     def transform(self, X: Any) -> np.ndarray:
         """The features ``(N, hidden)``, for another classifier."""
-        self._fitted()
+        rows_ND = torch.as_tensor(self._features(X)).float()
         with torch.no_grad():
-            return self.network_[0](self._rows(X)).numpy()
+            return self.network_[0](rows_ND).numpy()
 
     def _network(self, width: int, classes: int) -> nn.Module:
         return nn.Sequential(nn.Sequential(nn.Linear(width, self.hidden), nn.ReLU()), nn.Linear(self.hidden, classes))

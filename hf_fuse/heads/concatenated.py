@@ -33,8 +33,7 @@ def concatenated_layer(layers: Sequence[nn.Linear]) -> nn.Linear:
     made = nn.Linear(sum(layer.in_features for layer in layers), layers[0].out_features)
     with torch.no_grad():
         made.weight.copy_(torch.cat([layer.weight.float() for layer in layers], dim=1) / len(layers))
-        biases = [torch.zeros(layer.out_features) if layer.bias is None else layer.bias.float() for layer in layers]
-        made.bias.copy_(torch.stack(biases).mean(0))
+        made.bias.copy_(sum(layer.bias.float() for layer in layers if layer.bias is not None) / len(layers))
     return made
 
 
@@ -77,10 +76,9 @@ class Concatenated(NetworkHead):
                 )
         return nn.Sequential(nn.BatchNorm1d(width), layer) if self.batch_norm else nn.Sequential(layer)
 
-    def get_params(self, deep: bool = True) -> dict[str, Any]:
-        # The start layers have done their work once the head is fitted, and are none of what is saved.
-        found = super().get_params(deep)
-        return found | {"start": None} if hasattr(self, "network_") else found
+    def _parameters(self) -> dict[str, Any]:
+        # The start layers have done their work.
+        return super()._parameters() | {"start": None}
 
 
 class Student(nn.Module):

@@ -8,9 +8,11 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
+from scipy.special import expit
 
 from hf_fuse.errors import FuseError
-from hf_fuse.heads.head import BaseEstimator, features
+from hf_fuse.heads.head import InputError, features
+from hf_fuse.heads.saved import SavedEstimator
 
 
 def gated(seen_NS: np.ndarray, unseen_NU: np.ndarray, gate_N: np.ndarray, *, normalize: bool = True) -> np.ndarray:
@@ -28,7 +30,7 @@ def gated(seen_NS: np.ndarray, unseen_NU: np.ndarray, gate_N: np.ndarray, *, nor
     return joined / joined.sum(1, keepdims=True) if normalize else joined
 
 
-class Cosmo(BaseEstimator):
+class Cosmo(SavedEstimator):
     """The gate, and the joined prediction.
 
     Args:
@@ -37,6 +39,9 @@ class Cosmo(BaseEstimator):
         top: how many of each expert's highest probabilities the gate looks at.
         temperatures: at which it looks at them.
     """
+
+    STATE = ("weights_", "bias_")
+    LEARNED = ("n_seen_", "n_unseen_")
 
     def __init__(
         self,
@@ -63,21 +68,31 @@ class Cosmo(BaseEstimator):
             raise FuseError(
                 "is_seen: all samples are of one kind. Hold some classes out and let them be the unseen ones."
             )
-        self.gate_ = LogisticRegression(max_iter=1000).fit(self._confidences(seen_NS, unseen_NU), is_seen_N)
+        self._forget()
+        model = LogisticRegression(max_iter=1000).fit(self._confidences(seen_NS, unseen_NU), is_seen_N)
+        self.weights_, self.bias_ = model.coef_[0], model.intercept_
+        self.n_seen_, self.n_unseen_ = np.shape(seen_NS)[1], np.shape(unseen_NU)[1]
         return self
 
     def gate(self, seen_NS: Any, unseen_NU: Any) -> np.ndarray:
         """How much the unseen expert counts ``(N,)``."""
-        confidence_N = self.gate_.predict_proba(self._confidences(seen_NS, unseen_NU))[:, 1]
-        return 1 / (1 + np.exp(-(self.threshold - confidence_N) / self.sharpness))
+        self._fitted()
+        confidence_N = expit(self._confidences(seen_NS, unseen_NU) @ self.weights_ + self.bias_)
+        return expit((self.threshold - confidence_N) / self.sharpness)
 
     def predict_proba(self, seen_NS: Any, unseen_NU: Any) -> np.ndarray:
         """Probabilities ``(N, S + U)``, seen classes first."""
         return gated(features(seen_NS), features(unseen_NU), self.gate(seen_NS, unseen_NU))
 
     def _confidences(self, seen_NS: Any, unseen_NU: Any) -> np.ndarray:
-        found = []
-        for probabilities in (features(seen_NS), features(unseen_NU)):
+        found, pair = [], (features(seen_NS), features(unseen_NU))
+        known = getattr(self, "n_seen_", pair[0].shape[1]), getattr(self, "n_unseen_", pair[1].shape[1])
+        if len(pair[0]) != len(pair[1]) or (pair[0].shape[1], pair[1].shape[1]) != known:
+            raise InputError(
+                f"probabilities of the shapes {pair[0].shape} and {pair[1].shape}; expected the same samples, and "
+                f"{known[0]} and {known[1]} classes."
+            )
+        for probabilities in pair:
             logs = np.log(np.maximum(probabilities, 1e-12))
             for temperature in self.temperatures:
                 raised = np.exp((logs - logs.max(1, keepdims=True)) / temperature)

@@ -12,11 +12,18 @@ from tqdm import tqdm
 
 from hf_fuse.checkpoint.tokenizer import tokenizer_files
 from hf_fuse.errors import FuseError
-from hf_fuse.heads.head import BaseEstimator, TransformerMixin
+from hf_fuse.heads.head import InputError
+from hf_fuse.heads.saved import BaseEstimator
 from hf_fuse.model_features import classifier_inputs, sample_features
+from hf_fuse.perplexity import context_length
+
+# After `saved`, which says what to install where scikit-learn is missing.
+from sklearn.base import TransformerMixin  # isort: skip
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+
+LONGEST = 512  # tokens of a text, unless said otherwise
 
 
 class EncoderFeatures(TransformerMixin, BaseEstimator):
@@ -67,9 +74,9 @@ class EncoderFeatures(TransformerMixin, BaseEstimator):
         Raises:
             FuseError: no samples, no such model, or one without a tokenizer or image processor.
         """
-        samples = list(X)
+        samples = list(X) if not isinstance(X, str) else []
         if not samples:
-            raise FuseError("X is empty: there is nothing to take features of.")
+            raise InputError("X is empty or one text: there is nothing to take features of. Give a list of samples.")
         model, processor = self._live()
         was_training = model.training
         model.eval()
@@ -87,12 +94,17 @@ class EncoderFeatures(TransformerMixin, BaseEstimator):
 
     def _batch(self, model: PreTrainedModel, processor: Any, samples: list) -> np.ndarray:
         if isinstance(samples[0], str):
-            limit = self.max_length or min(
-                getattr(model.config.get_text_config(), "max_position_embeddings", None) or 512, 512
+            limit = self.max_length or min(context_length(model.config) or LONGEST, processor.model_max_length, LONGEST)
+            # Without a token to pad with, texts are read one by one, and the features joined.
+            if processor.pad_token is None and len(samples) > 1:
+                if self.tokens:
+                    raise FuseError(f"{type(processor).__name__}: has no pad_token, which features of tokens need.")
+                return np.concatenate([self._batch(model, processor, [sample]) for sample in samples])
+            inputs = processor(
+                samples, padding=len(samples) > 1, truncation=True, max_length=limit, return_tensors="pt"
             )
-            if processor.pad_token is None:
-                processor.pad_token = processor.eos_token
-            inputs = processor(samples, padding=True, truncation=True, max_length=limit, return_tensors="pt")
+            if not inputs["input_ids"].numel():
+                raise InputError("X holds texts without any token. Leave them out.")
         else:
             inputs = processor(samples, return_tensors="pt")
         inputs = {name: values.to(model.device) for name, values in inputs.items()}
@@ -101,6 +113,8 @@ class EncoderFeatures(TransformerMixin, BaseEstimator):
         if not self.tokens:
             return sample_features(model, inputs, outputs, seen).float().cpu().numpy()
         states_BTD = outputs.hidden_states[-1]
+        if states_BTD.dim() != 3:
+            raise FuseError(f"{type(model).__name__}: its hidden states are no sequence of tokens.")
         mask_BT = inputs.get("attention_mask", torch.ones(states_BTD.shape[:2], device=states_BTD.device))
         return states_BTD.float().masked_fill(mask_BT[..., None] == 0, torch.nan).cpu().numpy()
 
@@ -110,23 +124,26 @@ class EncoderFeatures(TransformerMixin, BaseEstimator):
         model = self.model
         if isinstance(model, (str, Path)):
             if getattr(self, "_loaded", (None,))[0] != str(model):
-                self._loaded = (str(model), _load(str(model)).to(self.device))
-            model = self._loaded[1]
+                self._loaded = (str(model), _load(str(model)))
+            model = self._loaded[1].to(self.device)
         if self.processor is not None:
             return model, self.processor
-        if not hasattr(self, "_processor"):
-            source = model.name_or_path
+        source = model.name_or_path
+        if getattr(self, "_processor", (None,))[0] != source:
             pixels = model.main_input_name == "pixel_values"
             if Path(source).is_dir() and not tokenizer_files(Path(source)):
                 # transformers would make an empty tokenizer up.
                 raise FuseError(f"{source}: holds neither a tokenizer nor an image processor. Pass one as processor.")
             try:
-                self._processor = (AutoImageProcessor if pixels else AutoTokenizer).from_pretrained(source)
+                found = (AutoImageProcessor if pixels else AutoTokenizer).from_pretrained(
+                    source, trust_remote_code=False
+                )
             except (OSError, ValueError) as error:
                 kind = "image processor" if pixels else "tokenizer"
                 reason = str(error).strip().split("\n")[0].rstrip(".")
                 raise FuseError(f"{source}: its {kind} can't be loaded ({reason}). Pass one as processor.") from None
-        return model, self._processor
+            self._processor = (source, found)
+        return model, self._processor[1]
 
     def __getstate__(self) -> dict[str, Any]:
         # The live model is not part of what scikit-learn copies or stores.

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from hf_fuse.heads.head import Head, features, one_hot, softmax
+from hf_fuse.heads.head import Head, one_hot, softmax
 
 
 class GbNn(Head):
@@ -45,20 +45,17 @@ class GbNn(Head):
         self.weight_decay = weight_decay
         self.seed = seed
 
-    def partial_fit(self, X: Any, y: Any) -> GbNn:
+    def partial_fit(self, X: Any, y: Any, classes: Any = None) -> GbNn:
         """Adds ``stages`` more stages, fitted to what the present ones leave of these samples."""
-        X = features(X)
-        known = len(getattr(self, "classes_", ()))
-        targets_NC = one_hot(self._learned(y, len(X)), len(self.classes_))
-        if known and len(self.classes_) != known:
-            raise ValueError("GbNn can't learn new classes. Call fit with all of them.")
-        if not known:
+        X, numbers = self._samples(X, y)
+        targets_NC = one_hot(numbers, len(self.classes_))
+        if not hasattr(self, "start_"):
             width, classes = X.shape[1], len(self.classes_)
             self.mean_, self.spread_ = X.mean(0), np.where(X.std(0) > 0, X.std(0), 1)
             self.start_ = np.log(targets_NC.mean(0))
             self.inner_, self.inner_bias_ = np.zeros((0, self.units, width)), np.zeros((0, self.units))
             self.outer_, self.outer_bias_ = np.zeros((0, classes, self.units)), np.zeros((0, classes))
-        scores_NC, scaled = self.decision_function(X), (X - self.mean_) / self.spread_
+        scores_NC, scaled = self.scores(X), (X - self.mean_) / self.spread_
         for _ in range(self.stages):
             residual_NC = targets_NC - softmax(scores_NC)
             layers = _stage(
@@ -72,12 +69,15 @@ class GbNn(Head):
                 setattr(self, name, np.concatenate([getattr(self, name), values[None]]))
         return self
 
-    def decision_function(self, X: Any, stages: int | None = None) -> np.ndarray:
+    def scores(self, X: Any, stages: int | None = None) -> np.ndarray:
         """Logits ``(N, C)`` of the first ``stages``, by default of all."""
         X = (self._features(X) - self.mean_) / self.spread_
         inner, outer = self.inner_[:stages], self.outer_[:stages]
         hidden = _sigmoid(np.einsum("nd,tjd->ntj", X, inner) + self.inner_bias_[:stages])
         return self.start_ + np.einsum("ntj,tcj->nc", hidden, outer) + self.outer_bias_[:stages].sum(0)
+
+    def _make_room(self, classes: np.ndarray, places: np.ndarray) -> None:
+        self._no_new_classes()
 
     def network(self) -> nn.Sequential:
         """All stages as one hidden layer of ``T * J`` units: a module with the same logits."""

@@ -13,8 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from hf_fuse.errors import FuseError
-from hf_fuse.heads.head import BaseEstimator, features
-from hf_fuse.heads.network import train
+from hf_fuse.heads.head import features
+from hf_fuse.heads.network import arrays_of, restore, train
+from hf_fuse.heads.saved import SavedEstimator
 
 OPERATIONS = ("intersection", "union", "difference")
 
@@ -34,7 +35,7 @@ class _Operations(nn.Module):
         return self.operations[name](torch.cat([first, second], dim=-1))
 
 
-class LabelSetOperations(BaseEstimator):
+class LabelSetOperations(SavedEstimator):
     """Networks that do set operations on the labels of features, judged by a linear classifier trained with them.
 
     Args:
@@ -43,6 +44,9 @@ class LabelSetOperations(BaseEstimator):
             and a set is the union of its difference from another and their intersection.
         epochs, batch_size, learning_rate, weight_decay, seed: of the training.
     """
+
+    STATE = ("network_",)
+    LEARNED = ("n_features_in_", "n_labels_")
 
     def __init__(
         self,
@@ -71,9 +75,8 @@ class LabelSetOperations(BaseEstimator):
         X, Y = torch.as_tensor(features(X)).float(), torch.as_tensor(features(Y)).float()
         if len(X) != len(Y) or not ((Y == 0) | (Y == 1)).all():
             raise FuseError(f"Y has the shape {tuple(Y.shape)}; expected a row of 0 and 1 for each of {len(X)} rows.")
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(self.seed)
-            self.network_ = _Operations(X.shape[1], self.hidden, Y.shape[1])
+        self.n_features_in_, self.n_labels_ = X.shape[1], Y.shape[1]
+        self._make()
         train(
             self.network_, self._loss, X, Y, epochs=self.epochs, batch_size=self.batch_size,
             learning_rate=self.learning_rate, weight_decay=self.weight_decay, seed=self.seed,
@@ -105,10 +108,26 @@ class LabelSetOperations(BaseEstimator):
         """
         if operation not in OPERATIONS:
             raise FuseError(f"operation is {operation!r}; expected {', '.join(OPERATIONS)}.")
-        pair = [torch.as_tensor(features(X)).float() for X in (first, second)]
+        pair = [self._features(X) for X in (first, second)]
         return self.network_.apply_to(operation, *pair).numpy()
 
     @torch.no_grad()
     def predict_proba(self, X: Any) -> np.ndarray:
         """Probability of each label ``(N, L)``, of real or combined features."""
-        return self.network_.classifier(torch.as_tensor(features(X)).float()).sigmoid().numpy()
+        return self.network_.classifier(self._features(X)).sigmoid().numpy()
+
+    def _features(self, X: Any) -> Tensor:
+        self._fitted()
+        return torch.as_tensor(features(X)).float()
+
+    def _make(self) -> None:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(self.seed)
+            self.network_ = _Operations(self.n_features_in_, self.hidden, self.n_labels_)
+
+    def _state(self) -> dict[str, np.ndarray]:
+        return arrays_of(self.network_)
+
+    def _restore(self, arrays: dict[str, np.ndarray]) -> None:
+        self._make()
+        restore(self.network_, arrays)

@@ -14,12 +14,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel, PreTrainedModel
 from transformers.modeling_outputs import SequenceClassifierOutput
 
 from hf_fuse.errors import CheckpointError, FuseError
+from hf_fuse.model_features import pooled
 
 WEIGHTS, SETTINGS = "levi.safetensors", "levi.json"
 
@@ -74,9 +76,9 @@ class Levi(nn.Module):
         inputs = {name: values for name, values in inputs.items() if values is not None}
         with torch.no_grad():
             large = self._pretrained[0].to(self.device)(**inputs, output_hidden_states=True).hidden_states
-        own_BD = _pooled(self.small(**inputs).last_hidden_state, mask_BT)
+        own_BD = pooled(self.small(**inputs).last_hidden_state, mask_BT)
         taken = [
-            torch.cat([_pooled(large[layer], mask_BT).to(own_BD), own_BD], dim=-1) for layer in self.settings["layers"]
+            torch.cat([pooled(large[layer], mask_BT).to(own_BD), own_BD], dim=-1) for layer in self.settings["layers"]
         ]
         logits = torch.stack([adapter(joined) for adapter, joined in zip(self.adapters, taken)]).mean(0)
         loss = None if labels is None else nn.functional.cross_entropy(logits.float(), labels)
@@ -88,7 +90,7 @@ class Levi(nn.Module):
 
     def save_pretrained(self, folder: str | Path, **_: Any) -> None:
         """Writes the small model and the adapters; the large model is given again when loading."""
-        folder = Path(folder)
+        folder = Path(folder).expanduser()
         folder.mkdir(parents=True, exist_ok=True)
         save_file({name: values.contiguous() for name, values in self.state_dict().items()}, folder / WEIGHTS)
         self.small.config.save_pretrained(folder)
@@ -101,23 +103,16 @@ class Levi(nn.Module):
         Raises:
             CheckpointError: no such folder, or a large model of another width.
         """
-        folder = Path(folder)
+        folder = Path(folder).expanduser()
         if not (folder / SETTINGS).is_file() or not (folder / WEIGHTS).is_file():
             raise CheckpointError(f"{folder}: holds no {SETTINGS} and {WEIGHTS}. Expected a folder saved by Levi.")
-        settings = json.loads((folder / SETTINGS).read_text(encoding="utf-8"))
-        model = cls(pretrained, AutoModel.from_config(AutoConfig.from_pretrained(folder)), **settings)
         try:
+            settings = json.loads((folder / SETTINGS).read_text(encoding="utf-8"))
+            config = AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
+            model = cls(pretrained, AutoModel.from_config(config, trust_remote_code=False), **settings)
             model.load_state_dict(load_file(folder / WEIGHTS))
-        except RuntimeError as error:
+        except (OSError, RuntimeError, SafetensorError, TypeError, ValueError) as error:
             raise CheckpointError(
-                f"{folder}: does not fit this large model ({str(error).splitlines()[-1].strip()})."
+                f"{folder}: is damaged, or does not fit this large model ({str(error).splitlines()[-1].strip()})."
             ) from None
         return model.eval()
-
-
-def _pooled(states_BTD: Tensor, mask_BT: Tensor | None) -> Tensor:
-    """Mean over the tokens ``(B, D)``."""
-    if mask_BT is None or mask_BT.shape != states_BTD.shape[:2]:
-        return states_BTD.flatten(1, -2).mean(1)
-    weights_BT1 = mask_BT.to(states_BTD).unsqueeze(-1)
-    return (states_BTD * weights_BT1).sum(1) / weights_BT1.sum(1).clamp(min=1)

@@ -6,14 +6,20 @@ which may be one never observed.
 
 from __future__ import annotations
 
+import copy
+import json
 from collections import deque
 from collections.abc import Hashable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from hf_fuse.errors import FuseError
-from hf_fuse.heads.head import BaseEstimator, ClassifierMixin
+from hf_fuse.errors import CheckpointError, FuseError
+from hf_fuse.heads.head import ClassifierMixin, Head
+from hf_fuse.heads.saved import BaseEstimator
+
+FILE = "loki.json"
 
 
 def expected_distances(probabilities_NK: np.ndarray, distances_VK: np.ndarray) -> np.ndarray:
@@ -30,9 +36,13 @@ class Loki(ClassifierMixin, BaseEstimator):
     """Another classifier's probabilities, decoded among all labels.
 
     Args:
-        estimator: classifier with ``predict_proba`` and ``classes_``: any head, or one of scikit-learn's.
+        estimator: classifier with ``predict_proba`` and ``classes_``: any head, or one of scikit-learn's. If it is
+            fitted, this needs no ``fit``.
         labels: all V labels, with those that the estimator knows.
         distances: ``(V, V)`` between them, as from :func:`tree_distances` or of class embeddings.
+
+    Attributes:
+        estimator_: the fitted classifier; ``estimator`` itself stays as it was.
     """
 
     def __init__(self, estimator: Any, labels: Sequence[Hashable], distances: Any):
@@ -41,14 +51,21 @@ class Loki(ClassifierMixin, BaseEstimator):
         self.distances = distances
 
     def fit(self, X: Any, y: Any) -> Loki:
-        """Fits the estimator."""
-        self.estimator.fit(X, y)
+        """Fits a copy of the estimator."""
+        self.estimator_ = copy.deepcopy(self.estimator).fit(X, y)
         return self
 
     def partial_fit(self, X: Any, y: Any) -> Loki:
-        """Adds samples to the estimator."""
-        self.estimator.partial_fit(X, y)
+        """Adds samples to what the estimator has learned."""
+        self.estimator_ = copy.deepcopy(self._estimator).partial_fit(X, y)
         return self
+
+    def __sklearn_is_fitted__(self) -> bool:
+        return hasattr(self._estimator, "classes_")
+
+    @property
+    def _estimator(self) -> Any:
+        return getattr(self, "estimator_", self.estimator)
 
     @property
     def classes_(self) -> np.ndarray:
@@ -60,18 +77,42 @@ class Loki(ClassifierMixin, BaseEstimator):
         Raises:
             FuseError: the matrix of distances does not fit the labels, or lacks one that the estimator knows.
         """
+        probabilities_NK = self._estimator.predict_proba(X)
         distances = np.asarray(self.distances, dtype=np.float64)
         places = {label: place for place, label in enumerate(self.labels)}
         if distances.shape != (len(places), len(places)):
             raise FuseError(f"distances have the shape {distances.shape}; expected a row and column per label.")
-        known = self.estimator.classes_.tolist()
+        known = self._estimator.classes_.tolist()
         if lost := [label for label in known if label not in places]:
             raise FuseError(f"labels: the estimator knows {lost[0]!r}, which is not among them.")
-        return -expected_distances(self.estimator.predict_proba(X), distances[:, [places[label] for label in known]])
+        return -expected_distances(probabilities_NK, distances[:, [places[label] for label in known]])
 
     def predict(self, X: Any) -> np.ndarray:
         """A label for each sample ``(N,)``; of equals, the first."""
         return self.classes_[self.decision_function(X).argmax(1)]
+
+    def save_pretrained(self, folder: str | Path) -> Path:
+        """Writes the classifier, which has to be a :class:`~hf_fuse.heads.head.Head`, and beside it the labels."""
+        if not isinstance(self._estimator, Head):
+            raise FuseError(f"{type(self._estimator).__name__}: is no head, so that it is not saved with Loki.")
+        folder = self._estimator.save_pretrained(folder).parent
+        said = {"labels": self.classes_.tolist(), "distances": np.asarray(self.distances).tolist()}
+        (folder / FILE).write_text(json.dumps(said) + "\n", encoding="utf-8")
+        return folder / FILE
+
+    @classmethod
+    def from_pretrained(cls, folder: str | Path) -> Loki:
+        """Reads what :meth:`save_pretrained` has written.
+
+        Raises:
+            CheckpointError: no such folder, or it is damaged.
+        """
+        file = Path(folder).expanduser() / FILE
+        try:
+            said = json.loads(file.read_text(encoding="utf-8"))
+            return cls(Head.from_pretrained(folder), said["labels"], said["distances"])
+        except (OSError, KeyError, TypeError, ValueError) as error:
+            raise CheckpointError(f"{file}: is no file of Loki or is damaged ({error}). Save it again.") from None
 
 
 def tree_distances(parents: Mapping[Hashable, Hashable], labels: Sequence[Hashable]) -> np.ndarray:

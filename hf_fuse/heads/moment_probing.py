@@ -5,13 +5,14 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar, Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 from hf_fuse.errors import FuseError
+from hf_fuse.heads.head import InputError, on_the_cpu
 from hf_fuse.heads.network import NetworkHead
 
 
@@ -78,8 +79,6 @@ class MomentProbing(NetworkHead):
         epochs, batch_size, learning_rate, weight_decay, seed: as of :class:`~hf_fuse.heads.network.NetworkHead`.
     """
 
-    DIMENSIONS: ClassVar[int] = 3
-
     def __init__(
         self,
         projection: int = 512,
@@ -99,10 +98,10 @@ class MomentProbing(NetworkHead):
     def _network(self, width: int, classes: int) -> nn.Module:
         return MomentProbe(width, classes, projection=self.projection, parts=self.parts, centre=self.centre)
 
-    def _rows(self, X: Any) -> Tensor:
-        X = X.detach().cpu().float().numpy() if hasattr(X, "detach") else np.asarray(X, dtype=np.float32)
+    def _numbers(self, X: Any) -> np.ndarray:
+        X = np.asarray(on_the_cpu(X, "float"), dtype=np.float32)
         if X.ndim != 3 or not len(X):
-            raise FuseError(f"X has the shape {X.shape}; expected token features (samples, tokens, channels).")
+            raise InputError(f"X has the shape {X.shape}; expected token features (samples, tokens, channels).")
         if np.isnan(X[:, 0]).any() or np.isinf(X).any():
-            raise FuseError("X: the first token of a sample is padding, or features are infinite. Pad on the right.")
-        return torch.as_tensor(X)
+            raise InputError("X: the first token of a sample is padding, or features are infinite. Pad on the right.")
+        return X

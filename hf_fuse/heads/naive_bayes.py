@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from hf_fuse.heads.head import Head, features, one_hot
+from hf_fuse.heads.head import Head, one_hot
 
 
 class NaiveBayes(Head):
@@ -26,10 +26,10 @@ class NaiveBayes(Head):
     def __init__(self, variance_floor: float = 1e-6):
         self.variance_floor = variance_floor
 
-    def partial_fit(self, X: Any, y: Any) -> NaiveBayes:
+    def partial_fit(self, X: Any, y: Any, classes: Any = None) -> NaiveBayes:
         """Adds samples: the result is that of all samples at once, to rounding."""
-        X = features(X)
-        members_NC = one_hot(self._learned(y, len(X)), len(self.classes_))
+        X, numbers = self._samples(X, y)
+        members_NC = one_hot(numbers, len(self.classes_))
         counts_C = members_NC.sum(0)
         means_CD = members_NC.T @ X / np.maximum(counts_C, 1)[:, None]
         # Around the mean of the portion, then moved to the common one: sums of squares would cancel.
@@ -56,7 +56,7 @@ class NaiveBayes(Head):
         weights = self.means_ / self.variances_
         return weights, np.log(self.counts_ / self.counts_.sum()) - 0.5 * (self.means_ * weights).sum(1)
 
-    def decision_function(self, X: Any) -> np.ndarray:
+    def scores(self, X: Any) -> np.ndarray:
         """Joint log-probabilities ``(N, C)``, but for what is the same for all classes."""
         X = self._features(X)
         weights, bias = self.linear()

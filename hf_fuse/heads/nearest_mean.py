@@ -27,10 +27,10 @@ class NearestMean(Head):
         self.metric = metric
         self.scale = scale
 
-    def partial_fit(self, X: Any, y: Any) -> NearestMean:
+    def partial_fit(self, X: Any, y: Any, classes: Any = None) -> NearestMean:
         """Adds samples."""
-        X = self._prepared(X)
-        members_NC = one_hot(self._learned(y, len(X)), len(self.classes_))
+        X, numbers = self._samples(X, y)
+        members_NC = one_hot(numbers, len(self.classes_))
         if not hasattr(self, "sums_"):
             self.sums_ = np.zeros((len(self.classes_), X.shape[1]))
             self.counts_ = np.zeros(len(self.classes_))
@@ -44,10 +44,10 @@ class NearestMean(Head):
         means = self.sums_ / self.counts_[:, None]
         return unit(means) if self.metric == "cosine" else means
 
-    def decision_function(self, X: Any) -> np.ndarray:
-        self._fitted()
+    def scores(self, X: Any) -> np.ndarray:
+        X = self._features(X)
         weights, bias = self._affine()
-        return self._prepared(X) @ weights.T + bias
+        return X @ weights.T + bias
 
     def linear(self) -> tuple[np.ndarray, np.ndarray]:
         """Weights ``(C, D)`` and bias ``(C,)`` with the same probabilities; for ``euclidean``."""
@@ -62,9 +62,7 @@ class NearestMean(Head):
         bias = -0.5 * (means**2).sum(1) if self.metric == "euclidean" else np.zeros(len(means))
         return self.scale * means, self.scale * bias
 
-    def _prepared(self, X: Any) -> np.ndarray:
-        from hf_fuse.heads.head import features
-
+    def _numbers(self, X: Any) -> np.ndarray:
         if self.metric not in ("euclidean", "cosine"):
             raise ValueError(f"metric is {self.metric!r}; expected euclidean or cosine.")
-        return unit(features(X)) if self.metric == "cosine" else features(X)
+        return unit(super()._numbers(X)) if self.metric == "cosine" else super()._numbers(X)

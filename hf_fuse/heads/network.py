@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from hf_fuse.heads.head import Head, features
+from hf_fuse.heads.head import Head
 
 SomeHead = TypeVar("SomeHead", bound="NetworkHead")
 
@@ -18,14 +18,14 @@ SomeHead = TypeVar("SomeHead", bound="NetworkHead")
 class NetworkHead(Head):
     """A head whose state is a torch module, trained with AdamW on cosine-scheduled epochs.
 
-    ``partial_fit`` trains on from where the last call ended, on the new samples only; classes can't be added.
+    ``partial_fit`` trains on from where the last call ended, on the new samples only; classes can't be added later.
 
     Args:
         epochs, batch_size, learning_rate, weight_decay: of each call of ``fit`` or ``partial_fit``.
         seed: of the start values, the order of samples and dropout.
     """
 
-    DIMENSIONS: ClassVar[int] = 2  # of X
+    STATE: ClassVar[tuple[str, ...]] = ("network_",)
 
     def __init__(
         self,
@@ -41,58 +41,59 @@ class NetworkHead(Head):
         self.weight_decay = weight_decay
         self.seed = seed
 
-    def fit(self: SomeHead, X: Any, y: Any) -> SomeHead:
-        self.__dict__.pop("network_", None)
-        return super().fit(X, y)
-
-    def partial_fit(self: SomeHead, X: Any, y: Any) -> SomeHead:
+    def partial_fit(self: SomeHead, X: Any, y: Any, classes: Any = None) -> SomeHead:
         """Trains on.
 
+        Args:
+            classes: all that there will be; needed in the first call if ``y`` does not have all.
+
         Raises:
-            ValueError: classes that were not there before.
+            InputError: classes that were not there before.
         """
-        X = self._rows(X)
-        known = len(getattr(self, "classes_", ()))
-        targets_N = torch.as_tensor(self._learned(y, len(X)))
-        if known and len(self.classes_) != known:
-            raise ValueError(f"{type(self).__name__} can't learn new classes. Call fit with all of them.")
+        X, numbers = self._samples(X, y, classes)
         if not hasattr(self, "network_"):
-            self._make(X.shape[-1])
+            self._make()
         train(
-            self.network_, lambda rows, targets: self._loss(self.network_(rows), targets), X, targets_N,
-            epochs=self.epochs, batch_size=self.batch_size, learning_rate=self.learning_rate,
-            weight_decay=self.weight_decay, seed=self.seed,
+            self.network_, lambda rows, targets: nn.functional.cross_entropy(self.network_(rows), targets),
+            torch.as_tensor(X).float(), torch.as_tensor(numbers), epochs=self.epochs, batch_size=self.batch_size,
+            learning_rate=self.learning_rate, weight_decay=self.weight_decay, seed=self.seed,
         )  # fmt: skip
         return self
 
     @torch.no_grad()
-    def decision_function(self, X: Any) -> np.ndarray:
+    def scores(self, X: Any) -> np.ndarray:
         """Logits ``(N, C)``."""
-        self._fitted()
-        return torch.cat([self.network_(rows) for rows in self._rows(X).split(self.batch_size)]).double().numpy()
+        rows_ND = torch.as_tensor(self._features(X)).float()
+        return torch.cat([self.network_(rows) for rows in rows_ND.split(self.batch_size)]).double().numpy()
 
     def _network(self, width: int, classes: int) -> nn.Module:
         """A new network for features of this width."""
         raise NotImplementedError
 
-    def _loss(self, logits_NC: Tensor, targets_N: Tensor) -> Tensor:
-        return nn.functional.cross_entropy(logits_NC, targets_N)
+    def _make_room(self, classes: np.ndarray, places: np.ndarray) -> None:
+        self._no_new_classes()
 
-    def _rows(self, X: Any) -> Tensor:
-        return torch.as_tensor(features(X, self.DIMENSIONS)).float()
-
-    def _make(self, width: int) -> None:
-        self.width_ = width
+    def _make(self) -> None:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(self.seed)
-            self.network_ = self._network(width, len(self.classes_)).eval()
+            self.network_ = self._network(self.n_features_in_, len(self.classes_)).eval()
 
     def _state(self) -> dict[str, np.ndarray]:
-        return {"width": np.array(self.width_)} | {n: v.numpy() for n, v in self.network_.state_dict().items()}
+        return arrays_of(self.network_)
 
     def _restore(self, arrays: dict[str, np.ndarray]) -> None:
-        self._make(arrays["width"].item())
-        self.network_.load_state_dict({n: torch.as_tensor(v) for n, v in arrays.items() if n != "width"})
+        self._make()
+        restore(self.network_, arrays)
+
+
+def arrays_of(network: nn.Module) -> dict[str, np.ndarray]:
+    """Everything that a network has learned."""
+    return {name: values.numpy() for name, values in network.state_dict().items()}
+
+
+def restore(network: nn.Module, arrays: dict[str, np.ndarray]) -> None:
+    """Takes back what :func:`arrays_of` gave."""
+    network.load_state_dict({name: torch.as_tensor(values) for name, values in arrays.items()})
 
 
 def train(
@@ -113,13 +114,15 @@ def train(
     """
     order = torch.Generator().manual_seed(seed)
     count = len(columns[0])
+    batches = -(-count // batch_size)
     optimizer = torch.optim.AdamW(network.parameters(), lr=learning_rate, weight_decay=weight_decay)
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, epochs * -(-count // batch_size))
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, epochs * batches)
     network.train()
     with torch.random.fork_rng(devices=[]):  # of dropout
         torch.manual_seed(seed)
         for _ in tqdm(range(epochs), desc=type(network).__name__, unit="epoch", disable=None):
-            for rows in torch.randperm(count, generator=order).split(batch_size):
+            # Of nearly the same size: one sample left over would break a BatchNorm.
+            for rows in torch.randperm(count, generator=order).tensor_split(batches):
                 optimizer.zero_grad()
                 loss(*(column[rows] for column in columns)).backward()
                 optimizer.step()

@@ -6,12 +6,11 @@ time.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 
-from hf_fuse.errors import FuseError
-from hf_fuse.heads.head import Head, features
+from hf_fuse.heads.head import Head, InputError
 
 
 class PredictionMarket(Head):
@@ -26,22 +25,25 @@ class PredictionMarket(Head):
     """
 
     STATE = ("budgets_",)
+    DIMENSIONS: ClassVar[int] = 3
 
     def __init__(self, stake: float = 0.1):
         self.stake = stake
 
-    def partial_fit(self, X: Any, y: Any) -> PredictionMarket:
-        """Settles the bets on each sample, in order. The first call has to bring all C classes.
+    def partial_fit(self, X: Any, y: Any, classes: Any = None) -> PredictionMarket:
+        """Settles the bets on each sample, in order.
+
+        Args:
+            classes: all C of them; needed in the first call if ``y`` does not have all.
 
         Raises:
-            FuseError: classes that are not one per column.
+            InputError: classes that are not one per column, or another number of classifiers than before.
         """
-        X = features(X, 3)
-        numbers = self._learned(y, len(X))
+        X, numbers = self._samples(X, y, classes)
         if len(self.classes_) != X.shape[2]:
-            raise FuseError(
-                f"y holds {len(self.classes_)} classes, but X has {X.shape[2]} columns. They have to be the same."
-            )
+            found = len(self.classes_)
+            self._forget()
+            raise InputError(f"y holds {found} classes, but X has {X.shape[2]} columns. Say all of them in classes.")
         budgets = getattr(self, "budgets_", np.full(X.shape[1], 1 / X.shape[1]))
         for bets_M in X[np.arange(len(X)), :, numbers]:
             price = budgets @ bets_M
@@ -52,7 +54,15 @@ class PredictionMarket(Head):
 
     def predict_proba(self, X: Any) -> np.ndarray:
         """Prices ``(N, C)``."""
-        self._fitted()
-        return np.einsum("m,nmc->nc", self.budgets_, features(X, 3))
+        return np.einsum("m,nmc->nc", self.budgets_, self._features(X))
 
-    decision_function = predict_proba
+    scores = predict_proba
+
+    def _make_room(self, classes: np.ndarray, places: np.ndarray) -> None:
+        self._no_new_classes()
+
+    def _checked(self, X: Any) -> np.ndarray:
+        X = super()._checked(X)
+        if hasattr(self, "budgets_") and X.shape[1] != len(self.budgets_):
+            raise InputError(f"X is of {X.shape[1]} classifiers, but the market has {len(self.budgets_)}.")
+        return X

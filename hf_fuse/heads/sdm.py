@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from scipy.special import log_softmax
 
-from hf_fuse.heads.head import Head, features
+from hf_fuse.heads.head import Head, joined, labels
 
 
 def sdm(logits_NC: np.ndarray, similarity_N: np.ndarray, distance_N: np.ndarray) -> np.ndarray:
@@ -50,10 +50,8 @@ class Sdm(Head):
     def fit(self, X: Any, y: Any) -> Sdm:
         from sklearn.linear_model import LogisticRegression
 
-        for name in ("classes_", *self.STATE):
-            self.__dict__.pop(name, None)
-        X = features(X)
-        labels_N = self._learned(y, len(X))
+        self._forget()
+        X, labels_N = self._samples(X, y)
         model = LogisticRegression(C=self.regularization, max_iter=1000).fit(X, labels_N)
         two = len(self.classes_) == 2  # scikit-learn keeps one row for two classes
         self.weights_ = np.concatenate([-model.coef_, model.coef_]) / 2 if two else model.coef_
@@ -66,12 +64,14 @@ class Sdm(Head):
         self.bank_distances_ = np.stack([labels_N[order].astype(float), distances[order, 1]])
         return self
 
-    def partial_fit(self, X: Any, y: Any) -> Sdm:
+    def partial_fit(self, X: Any, y: Any, classes: Any = None) -> Sdm:
         """Learns again from the kept samples and the new ones."""
-        if not hasattr(self, "classes_"):
+        if not hasattr(self, "bank_"):
             return self.fit(X, y)
-        before = self.classes_[self.bank_labels_]
-        return self.fit(np.concatenate([self.bank_, features(X)]), np.concatenate([before, np.asarray(y)]))
+        X = self._checked(X)
+        y, before = labels(y, len(X)), self.classes_[self.bank_labels_]
+        joined(before, y)
+        return self.fit(np.concatenate([self.bank_, X]), np.concatenate([before, y]))
 
     def similarity_and_distance(self, X: Any) -> tuple[np.ndarray, np.ndarray]:
         """q ``(N,)`` and d ``(N,)`` of samples."""
@@ -90,15 +90,17 @@ class Sdm(Head):
 
     def predict(self, X: Any) -> np.ndarray:
         """The class of each sample ``(N,)``: that of the highest logit, even where the probabilities are uniform."""
-        return self.classes_[self._logits(self._features(X)).argmax(1)]
+        X = self._features(X)
+        return self.classes_[self._logits(X).argmax(1)]
 
     def predict_proba(self, X: Any) -> np.ndarray:
         """Probabilities ``(N, C)``."""
-        return np.exp(self.decision_function(X))
+        return np.exp(self.scores(X))
 
-    def decision_function(self, X: Any) -> np.ndarray:
+    def scores(self, X: Any) -> np.ndarray:
         """Log-probabilities ``(N, C)``."""
-        return sdm(self._logits(self._features(X)), *self.similarity_and_distance(X))
+        similarity_N, distance_N = self.similarity_and_distance(X)
+        return sdm(self._logits(self._features(X)), similarity_N, distance_N)
 
     def _logits(self, X: np.ndarray) -> np.ndarray:
         return X @ self.weights_.T + self.bias_

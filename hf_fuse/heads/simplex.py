@@ -8,10 +8,12 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from hf_fuse.errors import FuseError
+from hf_fuse.heads.head import InputError
 from hf_fuse.heads.network import NetworkHead
 
 
@@ -59,7 +61,7 @@ class SimplexClassifier(nn.Module):
 
 
 class Simplex(NetworkHead):
-    """A projection of features that is trained towards the corners.
+    """A projection of features, trained towards the corners; ``partial_fit`` gives new classes the next free ones.
 
     Args:
         corners, scale: as of :class:`SimplexClassifier`.
@@ -82,3 +84,13 @@ class Simplex(NetworkHead):
 
     def _network(self, width: int, classes: int) -> Any:
         return SimplexClassifier(width, classes, corners=self.corners, scale=self.scale)
+
+    def _make_room(self, classes: np.ndarray, places: np.ndarray) -> None:
+        if len(classes) > self.corners:
+            raise InputError(f"corners is {self.corners}, too few for {len(classes)} classes.")
+        corners = simplex(self.corners)[: len(classes)]
+        # Those of the old classes stay theirs, whatever the order of names.
+        order = np.concatenate([places, np.setdiff1d(np.arange(len(classes)), places)])
+        self.network_.corners = torch.empty_like(corners).index_copy_(
+            0, torch.as_tensor(order), torch.cat([self.network_.corners, corners[len(places) :]])
+        )

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from hf_fuse.heads.head import Head, features, one_hot, softmax, unit
+from hf_fuse.heads.head import Head, one_hot, softmax, unit
 
 
 class Teen(Head):
@@ -28,11 +28,11 @@ class Teen(Head):
         self.calibration = calibration
         self.scale = scale
 
-    def partial_fit(self, X: Any, y: Any) -> Teen:
+    def partial_fit(self, X: Any, y: Any, classes: Any = None) -> Teen:
         """Adds samples; the first call brings the base classes."""
-        X = unit(features(X))
-        first = not hasattr(self, "sums_")
-        members_NC = one_hot(self._learned(y, len(X)), len(self.classes_))
+        X, numbers = self._samples(X, y)
+        members_NC = one_hot(numbers, len(self.classes_))
+        X, first = unit(X), not hasattr(self, "sums_")
         if first:
             self.sums_, self.counts_ = members_NC.T @ X, members_NC.sum(0)
             self.is_base_ = np.ones(len(self.classes_), dtype=np.uint8)
@@ -49,6 +49,6 @@ class Teen(Head):
         found[self.is_base_ == 0] = (1 - self.calibration) * new + self.calibration * pull
         return found
 
-    def decision_function(self, X: Any) -> np.ndarray:
+    def scores(self, X: Any) -> np.ndarray:
         """Scaled cosines ``(N, C)``."""
         return self.scale * unit(self._features(X)) @ unit(self.prototypes_).T

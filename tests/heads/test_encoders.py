@@ -70,7 +70,7 @@ def test_a_head_on_texts_becomes_the_last_layer(kind, texts, tmp_path):
     assert found.config.id2label == {0: "docs", 1: "source"}
     predicted = np.array([found.config.id2label[number] for number in logits.argmax(1).tolist()])
     certain = np.abs(pipeline.predict_proba(texts[0])[:, 0] - 0.5) > 0.01  # elsewhere rounding to fp32 decides
-    assert certain.sum() > 20 and (predicted == pipeline.predict(texts[0]))[certain].all()
+    assert certain.sum() > len(texts[0]) / 3 and (predicted == pipeline.predict(texts[0]))[certain].all()
     assert (predicted == texts[1]).mean() > 0.6, "better than chance even on random layers"
     if kind != "llama":
         assert logits.softmax(-1).numpy() == pytest.approx(pipeline.predict_proba(texts[0]), abs=1e-3)
@@ -82,16 +82,35 @@ def test_features_do_not_depend_on_the_batch(texts):
     rows = [EncoderFeatures(model, tokenizer, batch_size=size).transform(texts[0][:7]) for size in (1, 3, 7)]
     assert rows[1] == pytest.approx(rows[0], abs=1e-6) and rows[2] == pytest.approx(rows[0], abs=1e-6)
     assert model.training, "left as it was"
-    mean = EncoderFeatures(model.model, tokenizer).transform(texts[0][:2])
+    mean = EncoderFeatures(model.model, tokenizer, max_length=100).transform(texts[0][:2])
     ids = tokenizer(texts[0][0], return_tensors="pt")["input_ids"]
     with torch.no_grad():
         assert mean[0] == pytest.approx(model.model.eval()(ids).last_hidden_state[0].mean(0).numpy(), abs=1e-6)
-    tokens = EncoderFeatures(model, tokenizer, tokens=True, batch_size=2).transform(texts[0][:3])
+    tokens = EncoderFeatures(model, tokenizer, tokens=True, batch_size=2, max_length=100).transform(texts[0][:3])
     lengths = [len(tokenizer(text)["input_ids"]) for text in texts[0][:3]]
     assert tokens.shape == (3, max(lengths), 16)
     assert [int((~np.isnan(row[:, 0])).sum()) for row in tokens] == lengths
     head = MomentProbing(projection=16, parts=2, epochs=1).fit(tokens, [0, 1, 1])
     assert head.predict(tokens).shape == (3,)
+
+
+def test_an_encoder_that_is_changed_and_one_without_padding(texts, tmp_path):
+    tokenizer, other = byte_tokenizer(64), byte_tokenizer(16)
+    for name, kind, found in (("first", "bert", tokenizer), ("second", "roberta", other)):
+        text_model(kind, found).save_pretrained(tmp_path / name)
+        found.save_pretrained(tmp_path / name)
+    changed = EncoderFeatures(str(tmp_path / "first"))
+    changed.transform(texts[0][:2])
+    changed.set_params(model=str(tmp_path / "second"))
+    fresh = EncoderFeatures(str(tmp_path / "second"))
+    assert np.array_equal(changed.transform(texts[0][:2]), fresh.transform(texts[0][:2])), "its own tokenizer, too"
+    model = text_model("llama", tokenizer)
+    expected = EncoderFeatures(model, tokenizer).transform(texts[0][:3])
+    model.config.pad_token_id = tokenizer.pad_token = None
+    assert EncoderFeatures(model, tokenizer).transform(texts[0][:3]) == pytest.approx(expected, abs=1e-6)
+    assert tokenizer.pad_token is None, "left as it was"
+    with pytest.raises(FuseError, match="has no pad_token"):
+        EncoderFeatures(model, tokenizer, tokens=True).transform(texts[0][:3])
 
 
 def test_a_head_on_images_becomes_the_last_layer(tmp_path):
@@ -121,8 +140,9 @@ def test_what_cannot_be_installed_says_why(texts, tmp_path):
         install_head(NaiveBayes().fit(np.eye(3), [0, 1, 1]), text_model("bert", tokenizer))
     with pytest.raises(FuseError, match="LlamaModel: has no layer that classifies"):
         install_head(NaiveBayes().fit(rows, names), llama.model)
-    with pytest.raises(FuseError, match="X is empty"):
-        EncoderFeatures(llama, tokenizer).transform([])
+    for nothing in ([], "a text instead of a list of them"):
+        with pytest.raises(FuseError, match="X is empty"):
+            EncoderFeatures(llama, tokenizer).transform(nothing)
     llama.save_pretrained(tmp_path)
     with pytest.raises(FuseError, match="holds neither a tokenizer"):
         EncoderFeatures(str(tmp_path)).transform(["text"])

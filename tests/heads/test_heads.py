@@ -10,14 +10,18 @@ import torch
 from safetensors.numpy import load_file, save_file
 from sklearn.base import clone
 from sklearn.datasets import load_digits
+from sklearn.exceptions import NotFittedError
 from sklearn.linear_model import LogisticRegression
-from sklearn.model_selection import cross_val_score
+from sklearn.model_selection import GridSearchCV, cross_val_score
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import StandardScaler
 
 from hf_fuse.errors import CheckpointError, FuseError
 from hf_fuse.heads.analytic import Analytic
+from hf_fuse.heads.concatenated import Concatenated
 from hf_fuse.heads.cosmo import Cosmo, gated
 from hf_fuse.heads.gb_nn import GbNn
-from hf_fuse.heads.head import FILE, Head, softmax
+from hf_fuse.heads.head import Head, softmax
 from hf_fuse.heads.label_sets import LabelSetOperations
 from hf_fuse.heads.linear import linear_layer
 from hf_fuse.heads.loki import Loki, expected_distances, tree_distances
@@ -25,6 +29,7 @@ from hf_fuse.heads.moment_probing import MomentProbe, MomentProbing
 from hf_fuse.heads.naive_bayes import NaiveBayes
 from hf_fuse.heads.nearest_mean import NearestMean
 from hf_fuse.heads.prediction_market import PredictionMarket
+from hf_fuse.heads.saved import FILE
 from hf_fuse.heads.sdm import Sdm, sdm, sdm_loss
 from hf_fuse.heads.simplex import Simplex, SimplexClassifier, simplex
 from hf_fuse.heads.teen import Teen
@@ -114,10 +119,71 @@ def test_layers_of_other_linear_heads(digits):
             linear_layer(head.fit(X, y))
 
 
-def test_heads_are_estimators_of_scikit_learn(digits):
+def test_heads_are_estimators_of_scikit_learn(digits, tmp_path):
     X, y, *_ = digits
     assert cross_val_score(NaiveBayes(), X, y, cv=3).mean() > 0.8
     assert repr(NearestMean("cosine")) == "NearestMean(metric='cosine')"
+    # Two classes, whose scores are one number for scikit-learn's measures; parameters that are numbers of numpy.
+    two = np.array(["even", "odd"], dtype=object)[y % 2]
+    search = GridSearchCV(make_pipeline(StandardScaler(), Analytic()), {"analytic__ridge": np.logspace(-1, 1, 2)},
+                          scoring="roc_auc", cv=2).fit(X, two)  # fmt: skip
+    assert search.best_score_ > 0.8 and search.decision_function(X).shape == (600,)
+    found = search.best_estimator_[-1]
+    found.save_pretrained(tmp_path)
+    same = Head.from_pretrained(tmp_path)
+    assert same.get_params() == found.get_params() and same.n_features_in_ == 64
+    same.partial_fit(X, two)  # names of another type of array
+    probabilities = found.predict_proba(X)
+    assert (found.classes_[probabilities.argmax(1)] == found.predict(X)).all()
+    assert probabilities.min() >= 0 and probabilities.sum(1) == pytest.approx(np.ones(600))
+    with pytest.raises(NotFittedError):
+        NearestMean().predict(X)
+    with pytest.raises(ValueError, match="X has 63 features, but Analytic is expecting 64"):
+        same.predict(X[:, 1:])
+
+
+def test_classes_may_be_anything_that_is_a_class(digits):
+    X, y, test_X, _ = digits
+    for classes in (y % 2 == 1, y * 100 - 7, y.reshape(-1, 1), torch.tensor(y), [f"{n}" for n in y]):
+        head = NearestMean().fit(torch.tensor(X, dtype=torch.bfloat16), classes)
+        expected = np.unique(np.asarray(classes))
+        assert head.classes_.tolist() == expected.tolist() and set(head.predict(test_X)) <= set(expected.tolist())
+    assert NaiveBayes().fit(X[:3], ["a"] * 3).predict(test_X[:2]).tolist() == ["a", "a"]
+    for bad in ([0.5, 1.5], ["a", None], [np.nan, 1.0], None):
+        with pytest.raises(ValueError, match="^y"):
+            NearestMean().fit(X[:2], bad)
+
+
+@pytest.mark.parametrize("head", [GbNn(stages=1, units=2), Concatenated(), NaiveBayes(), Sdm()], ids=name)
+def test_a_call_that_fails_changes_nothing(head, digits):
+    X, y, test_X, _ = digits
+    head = clone(head).fit(X[y < 3], y[y < 3])
+    before = head.predict_proba(test_X)
+    calls = [(X[:3, 1:], y[:3], "X has 63 features"), (X[:3], ["a", "b", "c"], "are strings and others numbers")]
+    if name(head) in ("GbNn", "Concatenated"):
+        calls.append((X, y, "can't learn new classes"))
+    for samples, classes, message in calls:
+        with pytest.raises(FuseError, match=message):
+            head.partial_fit(samples, classes)
+    assert np.array_equal(head.predict_proba(test_X), before)
+    with pytest.raises(ValueError):
+        Sdm().fit(X[:2], [0, 0]).predict(X)
+
+
+def test_classes_of_a_simplex_keep_their_corners(digits, tmp_path):
+    X, y, test_X, test_y = digits
+    head = Simplex(corners=16, epochs=15).fit(X[y < 3], y[y < 3] * 2)  # 0, 2, 4
+    corners = head.network_.corners
+    head.partial_fit(X[y < 5], np.array([0, 2, 4, 1, 7])[y[y < 5]])
+    assert head.classes_.tolist() == [0, 1, 2, 4, 7]
+    assert torch.equal(head.network_.corners[[0, 2, 3]], corners)
+    assert torch.equal(head.network_.corners[[1, 4]], simplex(16)[3:5])
+    known = test_y < 5
+    assert head.score(test_X[known], np.array([0, 2, 4, 1, 7])[test_y[known]]) > 0.8
+    head.save_pretrained(tmp_path)
+    assert np.array_equal(Head.from_pretrained(tmp_path).scores(test_X), head.scores(test_X))
+    with pytest.raises(FuseError, match="corners is 4, too few for 5 classes"):
+        Simplex(corners=4, epochs=1).fit(X[:9], y[:9] % 4).partial_fit(X[:5], range(5))
 
 
 def test_analytic_is_the_ridge_solution():
@@ -144,22 +210,29 @@ def test_teen_moves_new_prototypes():
 def test_naive_bayes_by_hand():
     head = NaiveBayes(variance_floor=0.0).fit([[-1.0], [1.0], [1.0], [3.0]], [0, 0, 1, 1])
     assert head.variances_ == pytest.approx([1.0])
-    scores = head.decision_function([[0.8]])[0] - 0.5 * 0.8**2  # what is the same for both classes
+    scores = head.scores([[0.8]])[0] - 0.5 * 0.8**2  # what is the same for both classes
     assert scores == pytest.approx([-1.013, -1.413], abs=1e-3)
     assert head.predict_proba([[0.8]])[0, 0] == pytest.approx(0.599, abs=1e-3)
     single = NaiveBayes().fit([[0.0, 1.0], [1.0, 1.0]], [0, 1])
     assert np.isfinite(single.decision_function([[0.3, 0.4]])).all(), "classes of one sample have no variance"
 
 
-def test_loki_predicts_labels_never_seen(digits):
+def test_loki_predicts_labels_never_seen(digits, tmp_path):
     line = np.abs(np.arange(3)[:, None] - np.arange(3)[None])
     assert expected_distances([[0.5, 0, 0.5]], line).argmin() == 1
     X, y, test_X, test_y = digits
     known = y != 5
     near = np.abs(np.arange(10)[:, None] - np.arange(10)[None])
     zero_one = Loki(NearestMean(), list(range(10)), 1 - np.eye(10)).fit(X[known], y[known])
-    assert (zero_one.predict(test_X) == zero_one.estimator.predict(test_X)).all()
-    assert 5 in Loki(NearestMean(scale=0.2), list(range(10)), near).fit(X[known], y[known]).predict(test_X)
+    assert (zero_one.predict(test_X) == zero_one.estimator_.predict(test_X)).all()
+    assert not hasattr(zero_one.estimator, "classes_"), "scikit-learn's rule: parameters stay as they are"
+    loki = Loki(NearestMean(scale=0.2).fit(X[known], y[known]), list(range(10)), near)
+    assert 5 in loki.predict(test_X), "without fit: the classifier is"
+    loki.save_pretrained(tmp_path)
+    assert np.array_equal(Loki.from_pretrained(tmp_path).predict(test_X), loki.predict(test_X))
+    assert Head.from_pretrained(tmp_path).classes_.tolist() == [0, 1, 2, 3, 4, 6, 7, 8, 9]
+    with pytest.raises(CheckpointError, match="no file of Loki"):
+        Loki.from_pretrained(tmp_path / "nowhere")
     with pytest.raises(FuseError, match="knows 9"):
         Loki(NearestMean(), list(range(9)), near[:9, :9]).fit(X, y).predict(test_X)
     tree = {"cat": "animal", "dog": "animal", "car": "thing", "animal": "root", "thing": "root"}
@@ -213,13 +286,21 @@ def test_gate_of_cosmo():
     assert gated(seen, unseen, [0.2]).sum() == pytest.approx(1.0)
 
 
-def test_cosmo_learns_whom_to_ask(digits):
+def test_cosmo_learns_whom_to_ask(digits, tmp_path):
     X, y, test_X, test_y = digits
     seen, unseen = NearestMean(scale=2).fit(X[y < 6], y[y < 6]), NearestMean(scale=2).fit(X[y >= 6], y[y >= 6])
     gate = Cosmo().fit(seen.predict_proba(X), unseen.predict_proba(X), y < 6)
     found = gate.predict_proba(seen.predict_proba(test_X), unseen.predict_proba(test_X)).argmax(1)
     alone = np.where(test_y < 6, seen.predict(test_X), -1)
     assert (found == test_y).mean() > max((alone == test_y).mean(), 0.7)
+    gate.save_pretrained(tmp_path)
+    same = Cosmo.from_pretrained(tmp_path)
+    pair = seen.predict_proba(test_X), unseen.predict_proba(test_X)
+    assert same.temperatures == [0.5, 1.0, 2.0] and np.array_equal(same.predict_proba(*pair), gate.predict_proba(*pair))
+    with pytest.raises(FuseError, match="the same samples, and 6 and 4 classes"):
+        same.predict_proba(*pair[::-1])
+    with pytest.raises(CheckpointError, match="holds a Cosmo, expected a Head"):
+        Head.from_pretrained(tmp_path)
     with pytest.raises(FuseError, match="all samples are of one kind"):
         Cosmo().fit(seen.predict_proba(X), unseen.predict_proba(X), np.ones(len(X)))
 
@@ -249,10 +330,10 @@ def test_sdm_is_unsure_far_from_what_it_knows(digits):
 
 def test_prediction_market_by_hand():
     X = [[[0.9, 0.1], [0.4, 0.6]]]
-    market = PredictionMarket(stake=0.1)
-    market.classes_, market.budgets_ = np.array([0, 1]), np.array([0.5, 0.5])
+    market = PredictionMarket(stake=0.1).partial_fit(X, [0], classes=[0, 1])
+    assert market.budgets_ == pytest.approx([0.519, 0.481], abs=1e-3)
+    market.budgets_ = np.array([0.5, 0.5])
     assert market.predict_proba(X)[0] == pytest.approx([0.65, 0.35])
-    assert market.partial_fit(X, [0]).budgets_ == pytest.approx([0.519, 0.481], abs=1e-3)
     draw = np.random.default_rng(0)
     y = draw.integers(0, 2, 200)
     right, guess = np.eye(2)[y] * 0.6 + 0.2, np.full((200, 2), 0.5)
@@ -271,7 +352,7 @@ def test_stages_of_gb_nn(digits):
     head = GbNn(stages=5, units=4).fit(X[:200], y[:200])
     losses = []
     for stages in range(6):
-        probabilities = softmax(head.decision_function(X[:200], stages=stages))
+        probabilities = softmax(head.scores(X[:200], stages=stages))
         losses.append(-np.log(probabilities[np.arange(200), y[:200]]).mean())
     assert losses == sorted(losses, reverse=True) and losses[-1] < losses[0] / 2
     network = head.network().double()
@@ -282,20 +363,23 @@ def test_stages_of_gb_nn(digits):
     assert len(more.inner_) == 4
 
 
-def test_label_sets_of_digit_pairs(digits):
+def test_label_sets_of_digit_pairs(digits, tmp_path):
     """A sample holds one or two digits; intersections, unions and differences of such samples are recognised."""
     X, y, *_ = digits
     X, y = X[y < 4], y[y < 4]
     pairs = np.random.default_rng(0).integers(0, len(X), (600, 2))
     both = X[pairs[:, 0]] + X[pairs[:, 1]]
     labels = np.maximum(np.eye(4)[y[pairs[:, 0]]], np.eye(4)[y[pairs[:, 1]]])
-    operations = LabelSetOperations(epochs=12, batch_size=32).fit(both[:500], labels[:500])
+    operations = LabelSetOperations(hidden=64, epochs=8, batch_size=32).fit(both[:500], labels[:500])
     a, b, of_a, of_b = both[500:550], both[550:], labels[500:550], labels[550:]
     wanted = {"intersection": of_a * of_b, "union": np.maximum(of_a, of_b), "difference": of_a * (1 - of_b)}
     for operation, expected in wanted.items():
         found = operations.predict_proba(operations.combine(operation, a, b)) > 0.5
         unchanged = operations.predict_proba(a) > 0.5
         assert (found == expected).mean() > max((unchanged == expected).mean(), 0.75), operation
+    operations.save_pretrained(tmp_path)
+    same = LabelSetOperations.from_pretrained(tmp_path)
+    assert np.array_equal(same.combine("union", a, b), operations.combine("union", a, b))
     with pytest.raises(FuseError, match="expected intersection, union, difference"):
         operations.combine("xor", a, b)
     with pytest.raises(FuseError, match="a row of 0 and 1"):
@@ -305,17 +389,17 @@ def test_label_sets_of_digit_pairs(digits):
 def test_bad_input_is_one_error(tmp_path):
     head = NearestMean()
     for X, y, message in [
-        ([1.0, 2.0], [0, 1], "expected 2 dimensions"),
-        ([[np.nan]], [0], "not finite"),
-        ([[1.0]], [0, 1], "one class for each of the 1 samples"),
-        ([[1.0], [2.0]], [0], "one class for each of the 2 samples"),
+        ([1.0, 2.0], [0, 1], "Expected 2D array"),
+        ([[np.nan]], [0], "contains NaN"),
+        ([[1.0]], [0, 1], "one class for each of 1 samples"),
+        ([[1.0], [2.0]], [0], "one class for each of 2 samples"),
     ]:
         with pytest.raises(FuseError, match=message):
             head.fit(X, y)
     head.fit([[1.0], [2.0]], ["a", "b"])
     with pytest.raises(FuseError, match="some classes are strings"):
         head.partial_fit([[1.0]], [3])
-    with pytest.raises(ValueError, match="has not learned anything yet"):
+    with pytest.raises(ValueError, match="is not fitted yet"):
         NearestMean().predict([[1.0]])
     with pytest.raises(CheckpointError, match="holds no head.safetensors"):
         Head.from_pretrained(tmp_path)
@@ -325,9 +409,13 @@ def test_a_file_cannot_choose_what_is_imported(tmp_path):
     NearestMean().fit([[1.0], [2.0]], [0, 1]).save_pretrained(tmp_path)
     arrays = load_file(tmp_path / FILE)
     for kind in ("os.system", "Head", "Loki", "head.features"):
-        said = {"head": kind, "parameters": {}, "classes": [0, 1]}
+        said = {"head": kind, "parameters": {}, "learned": {}}
         save_file(arrays, tmp_path / FILE, metadata={"head": json.dumps(said)})
         with pytest.raises(CheckpointError, match="expected a Head"):
+            Head.from_pretrained(tmp_path)
+    for said in ([], {"head": []}, {"head": "NearestMean", "parameters": {}, "learned": {}}):
+        save_file(arrays, tmp_path / FILE, metadata={"head": json.dumps(said)})
+        with pytest.raises(CheckpointError, match="Save it again"):
             Head.from_pretrained(tmp_path)
     (tmp_path / FILE).write_bytes(b"nothing")
     with pytest.raises(CheckpointError, match="damaged"):

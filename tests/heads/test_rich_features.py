@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from sklearn.base import clone
 from sklearn.datasets import load_digits
 from torch import nn
 from transformers import AutoModel, ViTConfig, ViTModel
@@ -34,6 +35,9 @@ def test_concatenated_layers_are_the_mean_of_logits(tmp_path):
     assert head.decision_function(joined) == pytest.approx(mean.detach().numpy(), abs=1e-5)
     head.save_pretrained(tmp_path)
     assert np.array_equal(Head.from_pretrained(tmp_path).decision_function(joined), head.decision_function(joined))
+    again = clone(head)  # of a fitted head, with all that it was made with
+    assert np.array_equal(again.fit(joined, [0, 1, 2, 3, 0, 1, 2]).scores(joined), head.scores(joined))
+    assert Concatenated(batch_norm=True, batch_size=3).fit(joined, [0, 1, 2, 3, 0, 1, 2]).predict(joined).shape == (7,)
     for bad, message in [
         ({"start": [nn.Linear(3, 4), nn.Linear(5, 3)]}, "the same of each model"),
         ({"start": [nn.Linear(3, 4)]}, "3 features and 4 classes; the data has 8 and 4"),
@@ -57,7 +61,7 @@ def test_concatenated_features_of_two_seeds(digits):
     for batch_norm in (False, True):
         joined = Concatenated(epochs=10, learning_rate=1e-2, batch_norm=batch_norm).fit(both[train], y[train])
         assert joined.score(both[test], y[test]) > max(alone) - 0.01
-    body = distilled(nn.Sequential(nn.Linear(64, 24), nn.ReLU()), 24, torch.tensor(X).float(), features, epochs=30)
+    body = distilled(nn.Sequential(nn.Linear(64, 24), nn.ReLU()), 24, torch.tensor(X).float(), features, epochs=20)
     with torch.no_grad():
         student = body(torch.tensor(X).float()).numpy()
     # Linear in the student's features: as much of the members as the same number of raw features holds.
@@ -88,14 +92,14 @@ def test_rounds_find_what_one_training_leaves_out(digits, tmp_path):
     X, y = X[y < 2], y[y < 2]
     train = spurious(X[:240], y[:240], 0.95, seed=0)
     test = spurious(X[240:], y[240:], 0.05, seed=1)  # the pixel now says the opposite
-    size = {"hidden": 32, "first_steps": 30, "round_steps": 150, "synthesis_steps": 100, "learning_rate": 1e-3}
+    size = {"hidden": 32, "first_steps": 30, "round_steps": 100, "synthesis_steps": 60, "learning_rate": 1e-3}
     bonsai = Bonsai(rounds=2, **size, epochs=0).fit(*train)
     assert bonsai.rounds_ == 2
     # The rounds themselves: plain training follows the pixel, that of the worst group the shape.
     rows, targets = torch.tensor(train[0]).float(), torch.tensor(train[1])
     shifted, truth = torch.tensor(test[0]).float(), torch.tensor(test[1])
     accuracies, groups = [], [torch.ones(240, dtype=torch.bool)]
-    for steps in (30, 150):
+    for steps in (30, 100):
         torch.manual_seed(0)
         network = bonsai._network(65, 2)
         bonsai._train_round(network, rows, targets, groups, steps)
@@ -106,8 +110,11 @@ def test_rounds_find_what_one_training_leaves_out(digits, tmp_path):
     assert bonsai.transform(test[0]).shape == (len(test[1]), 32)
     tuned = Bonsai(rounds=2, **size, epochs=3).fit(*train)
     assert np.array_equal(tuned.transform(test[0]), bonsai.transform(test[0])), "the features stay"
-    bonsai.save_pretrained(tmp_path)
-    assert np.array_equal(Head.from_pretrained(tmp_path).predict(test[0]), bonsai.predict(test[0]))
+    tuned.save_pretrained(tmp_path)
+    same = Head.from_pretrained(tmp_path)
+    assert np.array_equal(same.predict(test[0]), tuned.predict(test[0])) and same.rounds_ == 2
+    same.partial_fit(*test)
+    assert np.array_equal(same.transform(test[0]), bonsai.transform(test[0])), "the features still stay"
 
 
 def vit(seed, **changes):
