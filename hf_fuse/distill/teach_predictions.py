@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -122,22 +123,24 @@ def _ask(lesson: Lesson, sequences: Sequences, facts: CacheFacts, partial: Parti
     writer = CacheWriter(partial.folder, facts)
     # Rows of one length share a batch, the longest come first: memory runs out at once or never.
     order = sorted(range(len(sequences.places)), key=lambda number: -sequences.lengths[number])
-    done, order = order[: writer.rows], order[writer.rows :]
+    done, size = writer.rows, lesson.recipe.batch_size
     model = lesson.load_model()
     teacher = Teacher(model, model.device, facts.teacher)
     plain_head = bool(order) and _has_plain_head(teacher, sequences, order[-1])
-    total = sum(sequences.predictions)
-    with tqdm(total=total, initial=sum(sequences.predictions[n] for n in done), unit="token", disable=None) as bar:
-        for start in range(0, len(order), lesson.recipe.batch_size):
-            numbers = order[start : start + lesson.recipe.batch_size]
-            for number, row in zip(numbers, _answers(teacher, sequences, numbers, facts, plain_head)):
+    initial = sum(sequences.predictions[number] for number in order[:done])
+    with tqdm(total=sum(sequences.predictions), initial=initial, unit="token", disable=None) as bar:
+        # The batch that a run was stopped in is asked again as a whole: in another one sums are rounded otherwise.
+        for start in range(done - done % size, len(order), size):
+            numbers = order[start : start + size]
+            answers = zip(numbers, _answers(teacher, sequences, numbers, facts, plain_head))
+            for number, row in islice(answers, max(done - start, 0), None):
                 if not row.predictions.log_z_N.isfinite().all():
                     raise FuseError(
                         f"{facts.teacher}: its logits are not finite ({sequences.described(number)}). Compute in "
                         "dtype: float32, or look at the model."
                     )
                 writer.add(row)
-            bar.update(sum(sequences.predictions[number] for number in numbers))
+                bar.update(sequences.predictions[number])
     writer.finish()
 
 

@@ -117,7 +117,7 @@ class Killed(Exception):
 
 
 def test_a_stopped_run_leaves_no_cache_and_can_be_resumed(home, tmp_path, monkeypatch):
-    recipe, output = recipe_of(home, k=4, batch_size=1), tmp_path / "cache"
+    recipe, output = recipe_of(home, k=4, batch_size=3), tmp_path / "cache"
     add, shard = CacheWriter.add, 600
 
     def stop_after_five(self, row):
@@ -140,7 +140,9 @@ def test_a_stopped_run_leaves_no_cache_and_can_be_resumed(home, tmp_path, monkey
     resumed, whole = TeacherCache(output), TeacherCache(tmp_path / "whole")
     assert not (tmp_path / "cache.partial").exists() and len(resumed) == len(whole)
     for number in range(len(whole)):
-        assert resumed.row(number).predictions.log_z_N.equal(whole.row(number).predictions.log_z_N)
+        # Also in the batch that the run was stopped in: with other rows in it, sums are rounded otherwise.
+        tensors = (cache.row(number).predictions.tensors for cache in (resumed, whole))
+        assert all(one.equal(other) for one, other in zip(*tensors))
     with pytest.raises(OutputError, match="no unfinished run"):
         teach(recipe | {"k": 3}, tmp_path / "new", resume=True)
 
