@@ -60,10 +60,12 @@ class OldModel:
 
 def _loaded(name: str) -> nn.Module:
     try:
-        config = transformers.AutoConfig.from_pretrained(name)
+        config = transformers.AutoConfig.from_pretrained(name, trust_remote_code=False)
         kind = (config.architectures or ["no architecture"])[0]
         if not hasattr(transformers, kind):
             raise FuseError(f"old_model {name}: its configuration names {kind}, which transformers doesn't have.")
-        return getattr(transformers, kind).from_pretrained(name, dtype="auto", use_safetensors=True)
+        return getattr(transformers, kind).from_pretrained(
+            name, dtype="auto", use_safetensors=True, trust_remote_code=False
+        )
     except (OSError, ValueError) as error:
         raise FuseError(f"old_model {name}: can't be loaded: {str(error).strip().splitlines()[0]}") from error

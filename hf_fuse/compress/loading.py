@@ -54,6 +54,7 @@ def load_compressed(folder: str | Path, **options: Any) -> nn.Module:
     """
     import transformers
 
-    config = transformers.AutoConfig.from_pretrained(folder)
+    safe = {"use_safetensors": True, "trust_remote_code": False}
+    config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=False)
     kind = "AutoModelForSeq2SeqLM" if config.is_encoder_decoder else "AutoModelForCausalLM"
-    return lighten(getattr(transformers, kind).from_pretrained(folder, **options), folder)
+    return lighten(getattr(transformers, kind).from_pretrained(folder, **safe | options), folder)

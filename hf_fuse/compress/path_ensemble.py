@@ -128,7 +128,9 @@ def load_path_ensemble(folder: str | Path, loader: Any = None, **options: Any) -
     stored = {name: info for name, info in checkpoint.tensors.items() if name.split(".")[-2:-1] == [NAME]}
     if len(stored) != 2:
         raise CheckpointError(f"{folder}: holds no path ensemble. Load it with transformers' own from_pretrained.")
-    model = (loader or transformers.AutoModelForImageClassification).from_pretrained(checkpoint.folder, **options)
+    safe = {"use_safetensors": True, "trust_remote_code": False}
+    loader = loader or transformers.AutoModelForImageClassification
+    model = loader.from_pretrained(checkpoint.folder, **safe | options)
     made = add_path_ensemble(model)
     tensors = {}
     for name, info in stored.items():

@@ -176,7 +176,9 @@ class AlignedTeacher:
             from transformers import AutoTokenizer
 
             try:
-                tokenizer = AutoTokenizer.from_pretrained(self.name, revision=self.cache.facts.revision)
+                tokenizer = AutoTokenizer.from_pretrained(
+                    self.name, revision=self.cache.facts.revision, trust_remote_code=False
+                )
             except (OSError, ValueError) as error:
                 raise FuseError(
                     f"{self.cache.folder}: the tokenizer of {self.name} can't be loaded. Give it as the encoding."

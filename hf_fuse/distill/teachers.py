@@ -157,12 +157,13 @@ def load_teacher(name: str, options: dict[str, Any]) -> nn.Module:
     Raises:
         FuseError: there is none, or its class isn't one of transformers.
     """
+    safe = {"dtype": "auto", "use_safetensors": True, "trust_remote_code": False}
     try:
-        config = AutoConfig.from_pretrained(name)
+        config = AutoConfig.from_pretrained(name, trust_remote_code=False)
         kind = (config.architectures or ["no architecture"])[0]
         if not hasattr(transformers, kind):
             raise FuseError(f"teacher {name}: its configuration names {kind}, which transformers doesn't have.")
-        return getattr(transformers, kind).from_pretrained(name, **{"dtype": "auto"} | options)
+        return getattr(transformers, kind).from_pretrained(name, **safe | options)
     except (OSError, ValueError) as error:
         reason = str(error).strip().split("\n")[0].rstrip(".")
         raise FuseError(f"teacher {name}: can't be loaded: {reason}.") from error
@@ -176,7 +177,7 @@ def tokenizer_of(model: nn.Module, processing_class: Any = None) -> PreTrainedTo
     source = getattr(getattr(model, "config", None), "_name_or_path", "")
     with contextlib.suppress(OSError, ValueError, KeyError):
         # It was loaded from there, so it is at hand.
-        return AutoTokenizer.from_pretrained(source, local_files_only=True) if source else None
+        return AutoTokenizer.from_pretrained(source, local_files_only=True, trust_remote_code=False) if source else None
     return None
 
 

@@ -121,11 +121,13 @@ class TwinModel(PreTrainedModel):
 
         folder = Path(store).expanduser().absolute()
         facts = read_store(folder)
-        base = AutoConfig.from_pretrained(folder / SHARED)
+        base = AutoConfig.from_pretrained(folder / SHARED, trust_remote_code=False, local_files_only=True)
         kind = getattr(transformers, (base.architectures or [""])[0], None)
         if kind is None:
             raise CheckpointError(f"{folder / SHARED}: its config names no architecture of transformers.")
-        merged = kind.from_pretrained(folder / SHARED, dtype=dtype)
+        merged = kind.from_pretrained(
+            folder / SHARED, dtype=dtype, use_safetensors=True, trust_remote_code=False, local_files_only=True
+        )
         names = _live_names(folder / SHARED, kind, base)
         experts = {
             task: _renamed(load_file(folder / entry["expert"]), names, folder) if entry["expert"] else {}

@@ -42,7 +42,12 @@ def load_model(folder: Path, architecture: str, device: str, dtype: str, ref: st
     logging.disable_progress_bar()
     try:
         model, info = getattr(transformers, architecture).from_pretrained(
-            folder, dtype=dtype, use_safetensors=True, local_files_only=True, output_loading_info=True
+            folder,
+            dtype=dtype,
+            use_safetensors=True,
+            local_files_only=True,
+            trust_remote_code=False,
+            output_loading_info=True,
         )
     except (OSError, ValueError, RuntimeError, KeyError) as error:
         reason = str(error).strip().split("\n")[0].rstrip(".")
