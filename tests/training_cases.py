@@ -20,6 +20,7 @@ import transformers
 from safetensors.torch import save_file
 
 from hf_fuse import FuseConfig, FuseTrainer, MixLoraConfig
+from hf_fuse.data.flad import FladTrainer
 
 # Each run of a Trainer begins with collecting garbage: not through all that has been imported, which takes a second.
 gc.freeze()
@@ -148,6 +149,12 @@ CASES: dict[str, dict[str, Any]] = {
         "old_model": old_bert,
         "objectives": {"bct": 0.3, "oca": 0.1, "bt2": {"weight": 0.1, "extra": 4}},
     },
+    "flad": {
+        "model": llama,
+        "trainer": FladTrainer,
+        "auxiliary_datasets": {"short": language_data(5), "long": language_data(9)},
+        "objectives": {"replay": 0.5},
+    },
     "classes": {
         "model": bert,
         "objectives": {"task": 0.5, "class_balanced": {"weight": 1.0, "beta": 0.9}, "ldam": 0.3, "dkl": 2.0},
@@ -191,17 +198,18 @@ def three_steps(output: Path, batch: int, accumulation: int) -> dict[str, Any]:
 def make_trainer(case: str, output: Path, batch: int, accumulation: int, **changes: Any) -> FuseTrainer:
     """Three steps of SGD on one of the cases, in the given layout."""
     settings = (CASES | BATCH_CASES | COMPARING_CASES)[case] | changes
-    model, objectives = settings.pop("model")(), settings.pop("objectives")
+    model, objectives, kind = settings.pop("model")(), settings.pop("objectives"), settings.pop("trainer", FuseTrainer)
     peft_config = settings.pop("peft_config", lambda: None)()
     is_language = isinstance(model, transformers.GenerationMixin)
     data = settings.pop("data", language_data if is_language else classes_data)()
-    names = ("compute_loss_func", "callbacks", "compute_metrics", "data_collator", "replay_dataset", "old_model")
+    names = ("compute_loss_func", "callbacks", "compute_metrics", "data_collator", "replay_dataset", "old_model",
+             "auxiliary_datasets")  # fmt: skip
     own = {"data_collator": padded if is_language else None} | {k: settings.pop(k) for k in names if k in settings}
     if "old_model" in own:
         own["old_model"] = own["old_model"]()
     torch.manual_seed(0)
     args = FuseConfig(**three_steps(output, batch, accumulation) | {"objectives": objectives} | settings)
-    return FuseTrainer(
+    return kind(
         model,
         args,
         peft_config=peft_config,

@@ -63,6 +63,8 @@ class FladTrainer(FuseTrainer):
             raise FuseError(f"policy is {policy!r}; expected {' or '.join(POLICIES)}.")
         args.objectives = {"replay": 1.0, **(args.objectives or {})}
         super().__init__(model, args, replay_dataset=next(iter(auxiliary_datasets.values())), **arguments)
+        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
+            raise FuseError("FLAD compares whole gradients: it can't train parameters that are split over processes.")
         self.arms = list(auxiliary_datasets)
         self.bandit = POLICIES[policy](len(self.arms), seed=args.seed)
         if flatten:
@@ -74,6 +76,8 @@ class FladTrainer(FuseTrainer):
         self._passes.replay = ArmStream({name: one.of(rows) for name, rows in auxiliary_datasets.items()}, self.bandit)
 
     def _total(self, terms: dict[str, tuple[float, Tensor, str]], counts_U: Tensor) -> Tensor:
+        if "replay" not in terms:  # its weight is 0 at this step
+            return super()._total(terms, counts_U)
         parts = [super(FladTrainer, self)._total({name: terms[name]}, counts_U) for name in ("task_loss", "replay")]
         for number, part in enumerate(parts):
             found = torch.autograd.grad(part, self._reward_parameters, retain_graph=True, allow_unused=True)
@@ -84,7 +88,7 @@ class FladTrainer(FuseTrainer):
 
     def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
         loss = super().training_step(*args, **kwargs)
-        if self.accelerator.sync_gradients:
+        if self.accelerator.sync_gradients and self._gradients[0]:
             target, auxiliary = (
                 torch.cat([g.float().flatten() for g in self.accelerator.reduce(found, "mean")])
                 for found in self._gradients

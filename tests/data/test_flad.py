@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from peft import LoraConfig
 from training_cases import llama
 
 from hf_fuse import FuseConfig
@@ -73,26 +74,26 @@ def rows(kind, count=24):
     return found
 
 
-def make(folder, batch=8, accumulation=1, **options):
+def make(folder, batch=8, accumulation=1, peft_config=None, **options):
     data = options.pop("train_dataset", rows("target"))
     names = {"auxiliary_datasets", "policy", "flatten", "reward_parameters"} & options.keys()
     chosen = {"auxiliary_datasets": {"far": rows("far"), "near": rows("near")}} | {n: options.pop(n) for n in names}
     args = FuseConfig(
         str(folder), per_device_train_batch_size=batch, gradient_accumulation_steps=accumulation, learning_rate=0.02,
         report_to=[], use_cpu=True, disable_tqdm=True, logging_steps=1, lr_scheduler_type="constant",
-        **{"max_steps": 12, "save_strategy": "no"} | options,
+        **{"max_steps": 8, "save_strategy": "no"} | options,
     )  # fmt: skip
-    return FladTrainer(llama(), args, train_dataset=data, **chosen)
+    return FladTrainer(llama(), args, train_dataset=data, peft_config=peft_config, **chosen)
 
 
 @pytest.mark.parametrize("policy", ["exp3", "ucb1"])
 def test_the_data_set_that_helps_is_found(policy, tmp_path):
-    trainer = make(tmp_path, policy=policy, max_steps=30)
+    trainer = make(tmp_path, policy=policy, max_steps=20)
     trainer.train()
-    means = np.array(trainer.bandit.rewards) / (30 if policy == "exp3" else 1)
+    means = np.array(trainer.bandit.rewards) / (20 if policy == "exp3" else 1)
     assert means[1] > means[0] + 0.1, "gradients of the near data set point the same way"
     shares = [entry["near_share"] for entry in trainer.state.log_history if "near_share" in entry]
-    assert shares[-1] == trainer.bandit.pulls[1] / 30 and sum(trainer.bandit.pulls) == 30
+    assert shares[-1] == trainer.bandit.pulls[1] / 20 and sum(trainer.bandit.pulls) == 20
     assert {"task_loss", "replay", "far_share"} <= trainer.state.log_history[0].keys()
 
 
@@ -111,6 +112,21 @@ def test_the_reward_is_the_cosine_of_both_gradients(tmp_path):
     assert rewards == [pytest.approx(expected, abs=1e-4)]
 
 
+def test_with_lora_the_last_matrix_is_compared(tmp_path):
+    trainer = make(tmp_path, max_steps=6, peft_config=LoraConfig(target_modules=["q_proj", "down_proj"], r=2))
+    (compared,) = trainer._reward_parameters
+    names = [name for name, parameter in trainer.model.named_parameters() if parameter is compared]
+    assert names == ["base_model.model.model.layers.1.mlp.down_proj.lora_B.default.weight"]
+    trainer.train()
+    assert sum(trainer.bandit.pulls) == 6 and any(trainer.bandit.rewards)
+
+
+def test_steps_without_auxiliary_data_teach_the_bandit_nothing(tmp_path):
+    trainer = make(tmp_path, max_steps=5, objectives={"replay": {"start": 0.0, "end": 1.0, "after": 3, "until": 4}})
+    trainer.train()
+    assert sum(trainer.bandit.pulls) < 5 and any(trainer.bandit.rewards)
+
+
 def test_splitting_the_batch_changes_nothing_and_resuming_neither(tmp_path):
     def run(folder, batch, accumulation, resume=None, **options):
         trainer = make(folder, batch, accumulation, **options)
@@ -123,7 +139,7 @@ def test_splitting_the_batch_changes_nothing_and_resuming_neither(tmp_path):
     assert parts.bandit.rewards == pytest.approx(whole.bandit.rewards, abs=1e-3)
     for one, other in zip(whole.model.parameters(), parts.model.parameters()):
         assert (one - other).abs().max() < 1e-5
-    run(tmp_path / "cut", 8, 1, max_steps=12, save_strategy="steps", save_steps=5)
+    run(tmp_path / "cut", 8, 1, save_strategy="steps", save_steps=5)
     resumed = run(tmp_path / "cut", 8, 1, resume=str(tmp_path / "cut" / "checkpoint-5"))
     assert resumed.bandit.state() == whole.bandit.state()
     for one, other in zip(whole.model.parameters(), resumed.model.parameters()):
