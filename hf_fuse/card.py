@@ -394,6 +394,19 @@ def _parent_name(parent: dict) -> str:
     return parent.get("repo_id") or _last_part(parent["ref"])
 
 
+def public_recipe(text: str) -> str:
+    """A recipe's YAML as others may read it: local files and folders by their names."""
+
+    def named(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {key: named(part) for key, part in value.items()}
+        if isinstance(value, list):
+            return [named(part) for part in value]
+        return _public_name(value) if isinstance(value, str) and "\n" not in value else value
+
+    return yaml.safe_dump(named(yaml.safe_load(text)), sort_keys=False, allow_unicode=True, width=100)
+
+
 def _public_name(value: str | Path) -> str:
     """Folder name instead of a path that says something about this machine; Hub ids and plain names as they are."""
     text = str(value)

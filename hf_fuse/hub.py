@@ -226,7 +226,7 @@ def _operations(
     """The commit: every file of the folder, and the removal of those files of ``parent`` that they replace."""
     from huggingface_hub import CommitOperationAdd, CommitOperationDelete
 
-    from hf_fuse.card import card_for_repo
+    from hf_fuse.card import card_for_repo, public_recipe
 
     stale = STALE_WEIGHTS
     if "adapter_config.json" not in files:
@@ -245,6 +245,8 @@ def _operations(
     if card := files.get("README.md"):
         branch = None if target.branch == "main" else target.branch
         contents["README.md"] = card_for_repo(card.read_text(encoding="utf-8"), target.repo_id, branch).encode()
+    if recipe := files.get("fuse_recipe.yaml"):
+        contents["fuse_recipe.yaml"] = public_recipe(recipe.read_text(encoding="utf-8")).encode()
     return deletions + [
         CommitOperationAdd(path_in_repo=name, path_or_fileobj=content) for name, content in contents.items()
     ]

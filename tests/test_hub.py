@@ -11,6 +11,7 @@ import traceback
 from pathlib import Path
 
 import pytest
+import yaml
 from hub_server import HubServer
 
 import hf_fuse.hub as hub_module
@@ -117,6 +118,24 @@ def test_stale_tokenizer_and_adapter_files_go(hub: HubServer, repo_id: str, mode
     hub.add_repo(repo_id, old)
     push(model_folder, repo_id)
     assert set(hub.files(repo_id)) & set(old) == {"LICENSE"}
+
+
+def test_the_pushed_recipe_says_nothing_of_the_disk(hub: HubServer, repo_id: str, tmp_path: Path) -> None:
+    folder = save_model(tmp_path / "model")
+    text = (
+        f"method: linear\nmodels:\n- path: {tmp_path}/Jane Doe/expert\n  weight: 1.0e-05\n- path: org/name\n"
+        "- {path: ../mine/other, weight: {learned: ~/learned}}\nparameters: {filter: self_attn.*/x}\n"
+    )
+    (folder / "fuse_recipe.yaml").write_text(text)
+    push(folder, repo_id)
+    pushed = yaml.safe_load(hub.files(repo_id)["fuse_recipe.yaml"].content)
+    models = [
+        {"path": "expert", "weight": 1e-5},
+        {"path": "org/name"},
+        {"path": "other", "weight": {"learned": "learned"}},
+    ]
+    assert pushed == {"method": "linear", "models": models, "parameters": {"filter": "self_attn.*/x"}}
+    assert (folder / "fuse_recipe.yaml").read_text() == text
 
 
 def test_tokenizer_is_kept_when_the_folder_has_none(hub: HubServer, repo_id: str, tmp_path: Path) -> None:
