@@ -218,7 +218,9 @@ class CacheWriter:
 
     def _describe(self, more: dict[str, Any]) -> None:
         content = {"format": FORMAT, "kind": STEM, **dataclasses.asdict(self.facts), **more}
-        (self.folder / CACHE_FILE).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+        unfinished = self.folder / f"{CACHE_FILE}.unfinished"
+        unfinished.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+        unfinished.replace(self.folder / CACHE_FILE)
 
 
 class TeacherCache:
@@ -256,7 +258,7 @@ class TeacherCache:
         kept = slice(*shard["prediction_starts"][place : place + 2])
         read = {name: torch.from_numpy(np.array(shard[name][kept])) for name in _OF_PREDICTIONS}
         ids_NK = read["top_ids"].long()
-        if len(ids_NK) and int(ids_NK.max()) >= self.facts.vocabulary:
+        if ids_NK.numel() and not 0 <= int(ids_NK.min()) <= int(ids_NK.max()) < self.facts.vocabulary:
             raise CheckpointError(
                 f"{self.folder}: row {number} has tokens beyond the vocabulary. Make the cache again."
             )
@@ -325,9 +327,12 @@ def read_facts(folder: Path) -> tuple[CacheFacts, int | None]:
         )
     rows = found.pop("rows", None)
     try:
-        return CacheFacts(**found), rows
+        facts = CacheFacts(**found)
+        if not (facts.temperature > 0 and all(isinstance(n, int) for n in (facts.vocabulary, facts.k, rows or 0))):
+            raise TypeError("its temperature, vocabulary, k and rows are not all numbers")
     except TypeError as error:
         raise CheckpointError(f"{folder / CACHE_FILE}: {error}. Make the cache again.") from None
+    return facts, rows
 
 
 def check_same(folder: Path, facts: CacheFacts) -> None:

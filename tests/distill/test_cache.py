@@ -137,7 +137,18 @@ def test_damage_is_noticed(tmp_path):
     refused("top_ids doesn't fit", lambda tensors: tensors.update(positions=tensors["positions"][1:]))
     refused("token_starts doesn't fit", lambda tensors: tensors["token_starts"].__setitem__(1, 99))
     refused("beyond the vocabulary", lambda tensors: tensors["top_ids"].__setitem__((0, 0), 100))
-    cache = written(folder, rows)
+    large = CacheFacts("teacher", "tokenizer", vocabulary=70_000, k=8)  # whose ids have a sign
+    written(folder, cached_rows(vocabulary=70_000), large)
+    with pytest.raises(CheckpointError, match="beyond the vocabulary"):
+        damaged(folder, lambda tensors: tensors["top_ids"].__setitem__((0, 0), -1)).row(0)
+    cache = written(tmp_path / "other", rows)
+    folder = cache.folder
+    said = json.loads((folder / CACHE_FILE).read_text())
+    for change in ({"vocabulary": "100"}, {"k": None}, {"temperature": "1"}, {"rows": "5"}, {"more": 1}):
+        (folder / CACHE_FILE).write_text(json.dumps(said | change))
+        with pytest.raises(CheckpointError, match=f"{CACHE_FILE}: .*Make the cache again"):
+            TeacherCache(folder)
+    (folder / CACHE_FILE).write_text(json.dumps(said))
     (cache.folder / "predictions-00001.safetensors").write_bytes(b"short")
     with pytest.raises(CheckpointError, match="predictions-00001"):
         TeacherCache(folder)
