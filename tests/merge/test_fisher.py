@@ -97,6 +97,14 @@ def test_floor_holds_for_the_raw_fisher_of_every_model():
     assert found["w"].tolist() == [2.0, pytest.approx(16 / 7)]
 
 
+def test_floor_does_not_make_a_model_that_is_sure_of_everything_win():
+    sure, unsure = torch.tensor([1e-4, 1e-8, 1e-8, 0.0]), torch.tensor([1e2, 1e-1, 1e-1, 0.0])
+    found = merged(states([0.0] * 4, [1.0] * 4), [{"w": sure}, {"w": unsure}])["w"]
+    assert found[0] == pytest.approx(0.5, abs=1e-4)
+    assert found[1:3].tolist() == pytest.approx([10 / 11] * 2, abs=1e-3)  # shares 1e-4 and 1e-3 of the largest
+    assert found[3] == pytest.approx(0.5)
+
+
 def test_one_model_of_weight_zero_and_no_donor_fisher_is_no_nan():
     found = merged(states([1.0], [5.0]), states([1.0], [0.0]), weights=[0, 1], parameters={"floor": 0.0})
     assert found["w"].tolist() == [5.0]

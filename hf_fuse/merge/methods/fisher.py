@@ -21,12 +21,12 @@ def check(weight: list[float]) -> None:
 
 
 def measure(models: int, numel: int, dtype: torch.dtype, normalize: bool) -> Measurement:
-    """The length of each model's Fisher over the whole model, ``fp64 [K]``; None without ``normalize``."""
+    """The root mean square of each model's Fisher over the whole model, ``fp64 [K]``; None without ``normalize``."""
     if not normalize:
         return None
     squares_K = torch.zeros(models, dtype=torch.float64)
     total_K = yield Pass(squares_K, lambda fisher_KN, total, _: total.add_(_squares(fisher_KN)), of="statistics")
-    return total_K.sqrt()
+    return (total_K / numel).sqrt()
 
 
 def _squares(fisher_KN: Tensor) -> Tensor:
@@ -47,20 +47,22 @@ def fisher(
     Args:
         models_KN: weights of K models.
         statistics: their F, ``[K, N]``.
-        state: each F's Euclidean length over the whole model.
+        state: each F's root mean square over the whole model.
         weight: importance of each model, at least 0.
-        normalize: divide each F by that length, so that no model dominates by the size of its gradients alone.
-        floor: F below this counts as this, in F's own unit, before ``normalize``: weights on which no model depends
-            become the mean. The authors' code has 1e-6.
+        normalize: divide each F by that, so that no model dominates by the size of its gradients alone. The authors
+            divide by its length, which makes the same averages.
+        floor: F below this, after ``normalize``, counts as this: weights on which no model depends become the mean.
+            The authors have it before: a model that is sure of all its examples has an F far below the floor, which
+            then outweighs the F of all others nearly everywhere.
 
     The authors keep the head of one model; a filter on ``weight`` does that here.
     It is for fine-tunes of one well-trained base: models that grew far apart come out worse than their mean.
     """
-    factor_K = models_KN.new_tensor(weight)
+    weight_K1 = models_KN.new_tensor(weight)[:, None]
     if state is not None:
-        factor_K = factor_K / torch.where(state > 0, state, 1.0).to(factor_K)
-    share_KN = statistics.clamp(min=floor) * factor_K[:, None]
+        statistics = statistics / torch.where(state > 0, state, 1.0).to(statistics)[:, None]
+    share_KN = statistics.clamp(min=floor) * weight_K1
     total_N = share_KN.sum(0)
     # Without a floor there may be nothing to weigh by.
-    share_KN = torch.where(total_N > 0, share_KN, models_KN.new_tensor(weight)[:, None])
+    share_KN = torch.where(total_N > 0, share_KN, weight_K1)
     return (share_KN * models_KN).sum(0) / share_KN.sum(0)
