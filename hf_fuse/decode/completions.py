@@ -72,10 +72,12 @@ def completions(
     contexts = [context_length(part.config) for part in model.modules() if isinstance(part, GenerationMixin)]
     context = min(filter(None, contexts), default=None)
     longest = max(map(len, ids), default=0)
-    if context and longest + generation.get("max_new_tokens", 0) > context:
+    setting = "max_new_tokens" if "max_new_tokens" in generation else "max_length"
+    more = generation[setting] if setting == "max_new_tokens" else max(generation[setting] - longest, 0)
+    if context and longest + more > context:
         raise FuseError(
-            f"a prompt has {longest} tokens, and {generation.get('max_new_tokens', 0)} more are asked for, but not "
-            f"more than {context} can be read. Shorten it, or lower max_new_tokens."
+            f"a prompt has {longest} tokens, and {more} more are asked for, but not more than {context} can be read. "
+            f"Shorten it, or lower {setting}."
         )
     if "stop_strings" in generation:
         generation["tokenizer"] = tokenizer

@@ -6,7 +6,7 @@ import inspect
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, TypeAdapter, ValidationError
 
 from hf_fuse import registry
 from hf_fuse.errors import RecipeError
@@ -15,7 +15,19 @@ from hf_fuse.recipe import ModelRef, Reference, explain, read_mapping
 References = Annotated[
     list[Reference] | None, BeforeValidator(lambda v: v if isinstance(v, list) or v is None else [v])
 ]
-COUNTS = ("max_new_tokens", "max_length", "num_beams", "num_return_sequences")
+# What transformers takes as it comes, and stumbles over when the models are loaded: settings, their type, and it said.
+TYPES = [
+    (("max_new_tokens", "max_length", "num_beams", "num_return_sequences"), Annotated[int, Field(ge=1)],
+     "an integer >= 1"),
+    (("top_k", "min_length", "min_new_tokens", "no_repeat_ngram_size"), Annotated[int, Field(ge=0)], "an integer >= 0"),
+    (("temperature", "repetition_penalty", "max_time"), Annotated[float, Field(gt=0)], "a number > 0"),
+    (("top_p", "min_p", "typical_p", "top_h", "epsilon_cutoff", "eta_cutoff"), Annotated[float, Field(ge=0, le=1)],
+     "a number from 0 to 1"),
+    (("length_penalty", "guidance_scale"), float, "a number"),
+    (("do_sample", "use_cache", "renormalize_logits", "remove_invalid_values"), bool, "true or false"),
+    (("eos_token_id", "suppress_tokens", "begin_suppress_tokens"), int | list[int], "a token id or a list of them"),
+    (("stop_strings",), str | list[str], "a text or a list of them"),
+]  # fmt: skip
 ROLES = ("model", "models", "experts", "base_model", "auxiliary_model", "reward_model")
 
 
@@ -122,8 +134,12 @@ def _check_generation(said: dict[str, Any], name: str) -> None:
     for key, value in said.items():
         if key not in known:
             raise RecipeError(f"{name}: generation: no setting is called {key!r}. {registry.nearest(key, known)}")
-        if key in COUNTS and (not isinstance(value, int) or value < 1):
-            raise RecipeError(f"{name}: generation: {key} is {value!r}, expected an integer >= 1.")
+        for keys, kind, expected in TYPES:
+            if key in keys and value is not None:
+                try:
+                    said[key] = TypeAdapter(kind).validate_python(value)
+                except ValidationError:
+                    raise RecipeError(f"{name}: generation: {key} is {value!r}, expected {expected}.") from None
     try:
         GenerationConfig(**said)
     except (ValueError, TypeError) as error:

@@ -140,6 +140,10 @@ def test_what_is_wrong_is_told_before_any_work(capsys, monkeypatch, tmp_path):
         (("a", "--generation.top_q", 1), "generation: no setting is called 'top_q'. Did you mean 'top_"),
         (("a", "--generation.num_beams", -1), "num_beams is -1, expected an integer >= 1"),
         (("a", "--generation.early_stopping", "maybe"), "generation: `early_stopping` must be"),
+        (("a", "--generation.temperature", "hot"), "generation: temperature is 'hot', expected a number > 0"),
+        (("a", "--generation.top_p", "hot"), "generation: top_p is 'hot', expected a number from 0 to 1"),
+        (("a", "--generation.do_sample", "maybe"), "generation: do_sample is 'maybe', expected true or false"),
+        (("a", "--generation.eos_token_id", "x"), "generation: eos_token_id is 'x', expected a token id"),
         (("a", "--parameters.alpha", ".nan"), "alpha is nan, expected float [-100, 100]"),
         (("a", "--device", "nowhere"), "device 'nowhere'"),
         (("a", "b"), "'b' is one argument too many"),
@@ -163,6 +167,8 @@ def test_what_only_the_models_can_tell(capsys):
     assert "not more than 4096 can be read" in failure(
         capsys, "a", "--fuse", "proxy.yaml", "--generation.max_new_tokens", 4096
     )
+    with pytest.raises(FuseError, match="2 tokens, and 4998 more are asked for, but .* or lower max_length"):
+        hf_fuse.generate(PROXY | {"generation": {"max_length": 5000}}, "a")
     hf_fuse.generate(PROXY, "a" * 300)
     with pytest.raises(FuseError, match="not more than 256 can be read"):
         hf_fuse.generate(PROXY | {"experts": "hf-fuse-demo/short"}, "a" * 300)
