@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import copy
+import json
 
 import pytest
 import torch
 import transformers
+from safetensors.torch import save
 from tiny_adapters import gpt2, llama
 
 from hf_fuse.decode import kv_prediction
-from hf_fuse.decode.methods.kv_prediction import KvPrediction, default_layer_map
+from hf_fuse.decode.methods.kv_prediction import DESCRIPTION, MAPS, KvPrediction, default_layer_map
 from hf_fuse.errors import CheckpointError, FuseError, OutputError
 
 SIZES = {
@@ -146,6 +148,16 @@ def test_training_moves_maps_and_auxiliary_model_only(tmp_path):
         kv_prediction(model, llama(2, seed=9), maps=str(tmp_path / "maps"))
     with pytest.raises(CheckpointError, match="has no kv_prediction.json"):
         kv_prediction(model, maps=str(tmp_path))
+    said = json.loads((tmp_path / "maps" / DESCRIPTION).read_text())
+    for change in ({"layer_map": ["0", 0, 1]}, {"layer_map": 1}, {"model": None}):
+        (tmp_path / "maps" / DESCRIPTION).write_text(json.dumps(said | change))
+        with pytest.raises(CheckpointError, match="damaged|learned with another"):
+            kv_prediction(model, auxiliary, maps=str(tmp_path / "maps"))
+    (tmp_path / "maps" / DESCRIPTION).write_text(json.dumps(said))
+    for content in (b"short", save({"key_maps.0.weight": torch.zeros(1)})):
+        (tmp_path / "maps" / MAPS).write_bytes(content)
+        with pytest.raises(CheckpointError, match="kv_maps.safetensors is damaged"):
+            kv_prediction(model, auxiliary, maps=str(tmp_path / "maps"))
 
 
 def test_layers_are_paired_as_the_authors_do():

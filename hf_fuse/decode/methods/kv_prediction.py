@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
@@ -48,15 +49,21 @@ def kv_prediction(model: nn.Module, auxiliary_model: nn.Module | None = None, *,
     if not (folder / DESCRIPTION).is_file():
         raise CheckpointError(f"maps: {maps} has no {DESCRIPTION}. Expected a folder made by KvPrediction.")
     made_from = read_json(folder / DESCRIPTION)
+    if not isinstance(made_from.get("layer_map"), list):
+        raise CheckpointError(f"maps: {folder / DESCRIPTION} is damaged. Save the KvPrediction again.")
     if auxiliary_model is None:
         auxiliary_model = AutoModelForCausalLM.from_pretrained(
             folder / AUXILIARY, dtype=model.dtype, local_files_only=True, use_safetensors=True, trust_remote_code=False
         ).to(model.device)
     for role, given in {"model": model, "auxiliary_model": auxiliary_model}.items():
-        if fingerprint(given) != made_from[role]:
+        if fingerprint(given) != made_from.get(role):
             raise CheckpointError(f"maps: {maps} was learned with another {role} than {named(given)}. Use the same.")
-    predictor = KvPrediction(model, auxiliary_model, made_from["layer_map"])
-    predictor.load_maps(load_file(folder / MAPS, device=str(model.device)))
+    try:
+        predictor = KvPrediction(model, auxiliary_model, made_from["layer_map"])
+        predictor.load_maps(load_file(folder / MAPS, device=str(model.device)))
+    except (OSError, RuntimeError, SafetensorError, TypeError) as error:
+        reason = str(error).splitlines()[-1].strip()
+        raise CheckpointError(f"maps: {folder / MAPS} is damaged ({reason}). Save the KvPrediction again.") from None
     return predictor.eval()
 
 
