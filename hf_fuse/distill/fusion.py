@@ -85,25 +85,30 @@ def fuse(
             remove_tree(partial)
         partial.mkdir(exist_ok=True)
         (partial / RECORD).write_text(record, encoding="utf-8")
-        for path in partial.iterdir():
-            if path.name not in (RECORD, CACHES, TARGETS):  # of a finish that was not reached
-                remove_tree(path)
-        caches = [_taught(recipe, number, partial) for number in range(len(recipe.sources) + 1)]
-        targets = [_trained(recipe, numbers, caches, partial) for numbers in _groups(recipe)]
-        figures = {}
-        for target, numbers in zip(targets, _groups(recipe)):
-            shares = {f"aligned with {_named(recipe, number)}": aligned[number] for number in numbers}
-            measured = read_json(target / "train_results.json").items()
-            figures[target.name] = shares | {
-                key: value for key, value in measured if key.startswith(("train_", "eval_"))
-            }
-        _merge(recipe, targets, partial)
-        _finish(recipe, partial, figures)
+        if not (partial / RESULTS).exists():
+            _make(recipe, aligned, partial)
+        # Not before, since it is what to go on from; and not after: an output is complete or not there.
+        for name in (CACHES, *([] if recipe.keep_targets else [TARGETS])):
+            remove_tree(partial / name)
         unfinished.publish()
-    # Not before: what is needed to go on from stays until the output is there.
-    for name in (RECORD, CACHES, *([] if recipe.keep_targets else [TARGETS])):
-        remove_tree(folder / name)
-    return FusionResult(folder, figures)
+    (folder / RECORD).unlink()
+    return FusionResult(folder, read_json(folder / RESULTS))
+
+
+def _make(recipe: FusionRecipe, aligned: dict[int, float], partial: Path) -> None:
+    """All stages that no earlier run has finished; ``RESULTS`` is there when the last one is."""
+    for path in partial.iterdir():
+        if path.name not in (RECORD, CACHES, TARGETS):  # of a finish that was not reached
+            remove_tree(path)
+    caches = [_taught(recipe, number, partial) for number in range(len(recipe.sources) + 1)]
+    targets = [_trained(recipe, numbers, caches, partial) for numbers in _groups(recipe)]
+    figures = {}
+    for target, numbers in zip(targets, _groups(recipe)):
+        shares = {f"aligned with {_named(recipe, number)}": aligned[number] for number in numbers}
+        measured = read_json(target / "train_results.json").items()
+        figures[target.name] = shares | {key: value for key, value in measured if key.startswith(("train_", "eval_"))}
+    _merge(recipe, targets, partial)
+    _finish(recipe, partial, figures)
 
 
 def _pinned(recipe: FusionRecipe) -> FusionRecipe:
@@ -254,8 +259,10 @@ def _finish(recipe: FusionRecipe, partial: Path, figures: dict[str, dict[str, fl
         (partial / name).unlink(missing_ok=True)
     text = dump_recipe(recipe.model_copy(update={"output": None, "provenance": {"versions": versions()}}))
     (partial / RECIPE_FILE).write_text(text, encoding="utf-8")
-    (partial / RESULTS).write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
     (partial / "README.md").write_text(_card(recipe, partial, figures), encoding="utf-8")
+    unfinished = partial / f"{RESULTS}.unfinished"
+    unfinished.write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
+    unfinished.rename(partial / RESULTS)
 
 
 def _card(recipe: FusionRecipe, folder: Path, figures: dict[str, dict[str, float]]) -> str:

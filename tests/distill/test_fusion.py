@@ -18,6 +18,7 @@ from tiny_tokenizers import byte_bpe, sentence_piece, word_piece
 from training_cases import llama
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from hf_fuse.checkpoint.writer import remove_tree
 from hf_fuse.cli import app
 from hf_fuse.distill import fusion
 from hf_fuse.distill.fusion import fuse
@@ -93,7 +94,7 @@ def test_together_is_one_target_that_learns_from_all(models, tmp_path):
 
 
 def test_a_stopped_run_goes_on_where_it_was(fused, models, tmp_path, monkeypatch):
-    """Killed while the second target is trained, then stopped before the merge, and before the end."""
+    """Killed while the second target is trained; stopped before the merge, before the end, and while clearing up."""
     folder, partial = tmp_path / "out", tmp_path / "out.partial"
     (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe(models)))
     command = [sys.executable, "-m", "hf_fuse", "fuse", str(tmp_path / "recipe.yaml"), "--output", str(folder)]
@@ -119,7 +120,13 @@ def test_a_stopped_run_goes_on_where_it_was(fused, models, tmp_path, monkeypatch
         assert all(path.stat().st_mtime_ns == moment for path, moment in moments.items()), "made again"
     assert not folder.exists() and (partial / "targets" / "2-two").exists()
     monkeypatch.setattr("hf_fuse.train.train", None)  # nothing is trained any more
-    fuse(recipe(models), folder, resume=True)
+    with monkeypatch.context() as patched:
+        patched.setattr(fusion, "remove_tree", lambda path: _stop() if path.name == "targets" else remove_tree(path))
+        with pytest.raises(KeyboardInterrupt):
+            fuse(recipe(models), folder, resume=True)
+    assert not folder.exists() and not (partial / "caches").exists()
+    made = fuse(recipe(models), folder, resume=True)
+    assert made.figures == fused[0].figures
     assert digests(folder)["model.safetensors"] == digests(fused[1])["model.safetensors"]
     assert {path.name for path in tmp_path.iterdir()} == {"out", "recipe.yaml"}
     assert not any((folder / name).exists() for name in ("caches", "targets", "fusion.yaml", "merged"))
