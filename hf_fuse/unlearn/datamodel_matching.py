@@ -1,9 +1,8 @@
 """Datamodel matching: predicts what a model without some samples would say, and fine-tunes the model to say so.
 
 (https://arxiv.org/abs/2410.23232.) The prediction is additive: the model's logits minus the attribution of each sample
-to forget. Attributions here are those of the last layer (one Newton step of its training without the samples), which is
-exact for a linear model with squared loss and an approximation otherwise. No reference code was found; how the paper
-samples is recalled.
+to forget. Attributions here are those of the last layer, by one Newton step of its training without the samples: an
+approximation, the better the fewer they are. No reference code was found; how the paper samples is recalled.
 """
 
 from __future__ import annotations
@@ -11,7 +10,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import torch
+from scipy.sparse.linalg import LinearOperator, cg
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from tqdm import tqdm
@@ -22,6 +23,7 @@ from hf_fuse.errors import FuseError
 from hf_fuse.model_features import classifier_of
 
 
+@torch.no_grad()
 def logits_without(
     features_ND: Tensor,
     labels_N: Tensor,
@@ -34,8 +36,8 @@ def logits_without(
 ) -> Tensor:
     """Predicted logits ``(M, C)`` at other samples of a last layer trained without some; fp64.
 
-    One Newton step from the present weights on the loss of the samples that stay, class by class (the softmax's Hessian
-    without the terms between classes).
+    One Newton step from the present weights on the loss of the samples that stay, by conjugate gradients: no Hessian is
+    made.
 
     Args:
         features_ND: of all training samples.
@@ -46,8 +48,10 @@ def logits_without(
         ridge: added to the Hessian, as a share of its mean diagonal. Larger: smaller steps.
 
     Raises:
-        FuseError: nothing to forget or to keep.
+        FuseError: nothing to forget or to keep, or sets of other sizes.
     """
+    if len(forget_N) != len(features_ND):
+        raise FuseError(f"forget: {len(forget_N)} values; expected one for each of the {len(features_ND)} samples.")
     if not forget_N.any() or forget_N.all():
         raise FuseError("datamodel matching needs samples to forget and samples to keep; one of the two sets is empty.")
     ones = features_ND.new_ones(len(features_ND), 1)
@@ -59,14 +63,20 @@ def logits_without(
     kept_NE = inputs_NE[~forget_N]
     # At the end of training the others' gradient is the opposite of the forgotten samples': that is the one used here.
     pull_CE = errors_NC[forget_N].T @ inputs_NE[forget_N]
-    spread_NC = (probabilities_NC * (1 - probabilities_NC))[~forget_N]
-    moved_CE = []
-    for number in range(len(layer_CE)):
-        hessian_EE = kept_NE.T @ (spread_NC[:, number, None] * kept_NE)
-        hessian_EE.diagonal().add_(ridge * hessian_EE.diagonal().mean() + 1e-12)
-        moved_CE.append(torch.linalg.solve(hessian_EE, pull_CE[number]))
+    kept_NC = probabilities_NC[~forget_N]
+    damping = ridge * ((kept_NC * (1 - kept_NC)).T @ kept_NE.square()).mean() + 1e-12
+
+    def hessian(direction: np.ndarray) -> np.ndarray:
+        direction_CE = torch.from_numpy(direction).to(pull_CE).view_as(pull_CE)
+        change_NC = kept_NC * (kept_NE @ direction_CE.T)
+        change_NC = change_NC - kept_NC * change_NC.sum(-1, keepdim=True)
+        return (change_NC.T @ kept_NE + damping * direction_CE).flatten().cpu().numpy()
+
+    wanted = pull_CE.flatten().cpu().numpy()
+    # Enough for the prediction, which is an approximation anyway.
+    moved, _ = cg(LinearOperator((wanted.size,) * 2, matvec=hessian), wanted, rtol=1e-6, maxiter=1000)
     at_ME = torch.cat([at_MD, at_MD.new_ones(len(at_MD), 1)], dim=1).double()
-    return at_ME @ (layer_CE + torch.stack(moved_CE)).T
+    return at_ME @ (layer_CE + torch.from_numpy(moved).to(pull_CE).view_as(pull_CE)).T
 
 
 def datamodel_matching(
@@ -105,10 +115,12 @@ def datamodel_matching(
         raise FuseError(f"{type(model).__name__}: datamodel matching needs a classifier of whole samples.")
     forget_N = torch.as_tensor(forget_N, dtype=torch.bool)
     features_ND, labels_N = collect_features(model, DataLoader(train, batch_size, collate_fn=data_collator))
+    if labels_N is None:
+        raise FuseError("datamodel matching needs rows with labels.")
     layer = [
         values if values is None else values.detach().float().cpu() for values in (classifier.weight, classifier.bias)
     ]
-    wanted_NC = logits_without(features_ND, labels_N, forget_N, *layer, features_ND, ridge=ridge).float()
+    wanted_NC = _centred(logits_without(features_ND, labels_N, forget_N, *layer, features_ND, ridge=ridge).float())
     random = torch.Generator().manual_seed(seed)
     gone, kept = forget_N.nonzero()[:, 0], (~forget_N).nonzero()[:, 0]
     count = min(len(kept), round(retain_share * len(gone)))
@@ -122,8 +134,8 @@ def datamodel_matching(
         for numbers in rows[torch.randperm(len(rows), generator=random)].split(batch_size):
             batch = data_collator([train[number] for number in numbers.tolist()])
             inputs = {name: values.to(model.device) for name, values in batch.items() if name != "labels"}
-            logits = model(**inputs).logits.float()
-            gap = (logits - logits.mean(-1, keepdim=True)) - _centred(wanted_NC[numbers]).to(logits.device)
+            logits_BC = model(**inputs).logits.float()
+            gap = _centred(logits_BC) - wanted_NC[numbers].to(logits_BC.device)
             optimizer.zero_grad()
             gap.square().sum(-1).mean().backward()
             optimizer.step()

@@ -21,7 +21,7 @@ class L1Sparse(TrainerCallback):
         epochs_without: at the end of training, without the penalty.
         step: ``proximal`` moves every parameter towards 0 by ``lr * weight`` after the optimizer's step, and stops
             there: exact zeros. ``penalty`` adds the gradient of the l1 norm to the others, as the paper does: Adam
-                rescales it.
+            rescales it.
 
     Attributes:
         zeros: share of the trainable parameters that were exactly 0 at the end of training.
@@ -30,9 +30,10 @@ class L1Sparse(TrainerCallback):
     def __init__(
         self, alpha: float = 5e-4, *, epochs_without: float = 0.0, step: Literal["proximal", "penalty"] = "proximal"
     ):
-        if not alpha >= 0 or step not in ("proximal", "penalty"):
+        if not (alpha >= 0 and epochs_without >= 0) or step not in ("proximal", "penalty"):
             raise FuseError(
-                f"alpha is {alpha} and step {step!r}; expected a number from 0 on, and proximal or penalty."
+                f"alpha is {alpha}, epochs_without {epochs_without} and step {step!r}; expected numbers from 0 on, and "
+                "proximal or penalty."
             )
         self.alpha = alpha
         self.epochs_without = epochs_without

@@ -21,15 +21,17 @@ from hf_fuse.diagnostics.callbacks import collect_features
 from hf_fuse.errors import FuseError
 from hf_fuse.model_features import classifier_inputs, classifier_of, sample_features
 
+LATENT = 16  # numbers that a sample is squeezed into
+
 
 class FeatureAutoencoder(nn.Module):
     """A variational autoencoder of features ``(N, D)``."""
 
-    def __init__(self, width: int, latent: int = 16):
+    def __init__(self, width: int):
         super().__init__()
-        hidden = max(width // 2, latent)
-        self.encoder = nn.Sequential(nn.Linear(width, hidden), nn.ReLU(), nn.Linear(hidden, 2 * latent))
-        self.decoder = nn.Sequential(nn.Linear(latent, hidden), nn.ReLU(), nn.Linear(hidden, width))
+        hidden = max(width // 2, LATENT)
+        self.encoder = nn.Sequential(nn.Linear(width, hidden), nn.ReLU(), nn.Linear(hidden, 2 * LATENT))
+        self.decoder = nn.Sequential(nn.Linear(LATENT, hidden), nn.ReLU(), nn.Linear(hidden, width))
 
     def forward(self, features_ND: Tensor, noise: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
         """Reconstruction, mean and log-variance; without ``noise``, of the mean."""
@@ -79,7 +81,7 @@ def laf(
         ``model``.
 
     Raises:
-        FuseError: not a classifier of whole samples, or nothing to retain or forget.
+        FuseError: not a classifier of whole samples, a frozen one, or nothing to retain or forget.
     """
     classifier = classifier_of(model)
     if classifier is None:
@@ -96,6 +98,8 @@ def laf(
         )
     head = {id(parameter) for parameter in classifier.parameters()}
     encoder = [p for p in model.parameters() if p.requires_grad and id(p) not in head]
+    if not encoder:
+        raise FuseError(f"{type(model).__name__}: LAF moves the encoder, but all of its parameters are frozen.")
     extraction = torch.optim.AdamW(encoder, lr=extraction_rate, weight_decay=0.0)
     alignment = torch.optim.AdamW(encoder, lr=alignment_rate, weight_decay=0.0)
     was_training = model.training
@@ -110,21 +114,21 @@ def laf(
             near = 1 - _cosine(features_of(model, kept), whole[kept_rows].to(model.device))
             far = 1 - _cosine(features_of(model, lost), forgotten[lost_rows].to(model.device))
             _step((near - (far / temperature).logsumexp(0)).mean(), alignment)
-    for _ in range(repair_epochs):
-        optimizer = torch.optim.Adam(classifier.parameters(), lr=repair_rate)
+    optimizer = torch.optim.Adam(classifier.parameters(), lr=repair_rate)
+    for _ in tqdm(range(repair_epochs), desc="laf: repair", unit="epoch", disable=None):
         for batch, _ in _batches(retain, data_collator, batch_size, random):
             logits = model(**{k: v.to(model.device) for k, v in batch.items() if k != "labels"}).logits
-            _step(nn.functional.cross_entropy(logits, batch["labels"].to(model.device)), optimizer)
+            _step(nn.functional.cross_entropy(logits.float(), batch["labels"].to(model.device)), optimizer)
     model.zero_grad(set_to_none=True)
     return model.train(was_training)
 
 
 def features_of(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
-    """``(B, D)`` with gradient: what the classifier takes."""
+    """``(B, D)`` with gradient, fp32: what the classifier takes."""
     inputs = {name: values.to(model.device) for name, values in batch.items() if name != "labels"}
     with classifier_inputs(model) as seen:
         outputs = model(**inputs)
-    return sample_features(model, inputs, outputs, seen)
+    return sample_features(model, inputs, outputs, seen).float()
 
 
 def _autoencoder(rows: Tensor, epochs: int, random: torch.Generator) -> FeatureAutoencoder:
@@ -133,7 +137,7 @@ def _autoencoder(rows: Tensor, epochs: int, random: torch.Generator) -> FeatureA
     for _ in range(epochs):
         for numbers in torch.randperm(len(rows), generator=random).split(32):
             batch = rows[numbers.to(rows.device)]
-            made, mean, log_variance = network(batch, torch.randn(len(batch), 16, generator=random).to(batch))
+            made, mean, log_variance = network(batch, torch.randn(len(batch), LATENT, generator=random).to(batch))
             divergence = -0.5 * (1 + log_variance - mean.square() - log_variance.exp()).sum()
             _step((made - batch).square().sum() + 0.025 * divergence, optimizer)
     return network.requires_grad_(False)

@@ -9,7 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
+from tqdm import tqdm
 from transformers import default_data_collator
+
+from hf_fuse.errors import FuseError
 
 
 @dataclass(frozen=True)
@@ -53,7 +56,13 @@ def unlearning_report(
     Args:
         forget, retain, test: rows with labels: forgotten, kept, and never seen.
         retrained: the same model trained without the forgotten rows, to compare with.
+
+    Raises:
+        FuseError: a set is empty or has no labels, or ``retrained`` is another kind of model.
     """
+    for name, rows in (("forget", forget), ("retain", retain), ("test", test)):
+        if not len(rows):
+            raise FuseError(f"{name}: holds no rows.")
     sets = [_log_probabilities(model, rows, data_collator, batch_size) for rows in (forget, retain, test)]
     accuracy = [(logs_NC.argmax(1) == labels_N).double().mean().item() for logs_NC, labels_N in sets]
     losses = [-logs_NC[torch.arange(len(labels_N)), labels_N] for logs_NC, labels_N in sets]
@@ -63,6 +72,8 @@ def unlearning_report(
         other_NC, _ = _log_probabilities(retrained, forget, data_collator, batch_size)
         divergence = (other_NC.exp() * (other_NC - sets[0][0])).sum(1).mean().item()
         pairs = list(zip(model.parameters(), retrained.parameters()))
+        if [p.shape for p in model.parameters()] != [p.shape for p in retrained.parameters()]:
+            raise FuseError(f"retrained: a {type(retrained).__name__} with other parameters than the model.")
         gap = sum((ours.float() - theirs.float().to(ours.device)).square().sum().item() for ours, theirs in pairs)
         distance = (gap / sum(theirs.float().square().sum().item() for _, theirs in pairs)) ** 0.5
     return UnlearningReport(*accuracy, (losses[0] <= threshold).double().mean().item(), divergence, distance)
@@ -80,7 +91,9 @@ def _log_probabilities(model: nn.Module, rows: Any, collate: Callable, size: int
     was_training = model.training
     model.eval()
     found, labels = [], []
-    for batch in DataLoader(rows, size, collate_fn=collate):
+    for batch in tqdm(DataLoader(rows, size, collate_fn=collate), desc="measure", unit="batch", disable=None):
+        if "labels" not in batch:
+            raise FuseError(f"rows have the columns {', '.join(batch)}; expected labels among them.")
         inputs = {name: values.to(model.device) for name, values in batch.items() if name != "labels"}
         found.append(model(**inputs).logits.float().log_softmax(-1).cpu())
         labels.append(batch["labels"].cpu())

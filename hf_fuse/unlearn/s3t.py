@@ -3,9 +3,8 @@
 
 The data is cut into shards, and each shard into slices. A slice trains the LoRA matrices of one group of layers only,
 from the top of the model down, on what the slices before have left. Deleting a sample of a slice switches off its
-layers and those
-trained after it: what is left is, bit for bit, what training on the slices before gives. Several sequences of the same
-slices in other orders keep more of them: the longest intact prefix serves, and shards vote.
+layers and those trained after it: what is left is, bit for bit, what training on the slices before gives. Several
+sequences of the same slices in other orders keep more of them: the longest intact prefix serves, and shards vote.
 """
 
 from __future__ import annotations
@@ -87,8 +86,8 @@ class Plan:
         best = max(range(len(self.orders)), key=lambda number: self.intact[shard][number])
         return best, self.intact[shard][best]
 
-    def delete(self, rows: Sequence[int]) -> list[tuple[int, int, int]]:
-        """Takes rows out; returns (shard, sequence, place) of everything that has to go.
+    def delete(self, rows: Sequence[int]) -> None:
+        """Takes rows out: sequences end before the slice that has one.
 
         Raises:
             FuseError: a row that was never trained on.
@@ -96,17 +95,14 @@ class Plan:
         known = {
             row: (shard, number) for shard, s in enumerate(self.slices) for number, part in enumerate(s) for row in part
         }
-        gone = []
         for row in rows:
             if row not in known:
                 raise FuseError(f"row {row}: was not trained on; rows are 0 to {max(known)}.")
+        for row in rows:
             shard, number = known[row]
             for sequence, order in enumerate(self.orders):
-                kept = min(order.index(number), self.intact[shard][sequence])
-                gone += [(shard, sequence, place) for place in range(kept, self.intact[shard][sequence])]
-                self.intact[shard][sequence] = kept
-        self.deleted = sorted({*self.deleted, *rows})
-        return gone
+                self.intact[shard][sequence] = min(order.index(number), self.intact[shard][sequence])
+        self.deleted = sorted({*self.deleted, *map(int, rows)})
 
 
 class S3T:
@@ -117,17 +113,14 @@ class S3T:
 
     @classmethod
     def from_pretrained(cls, folder: str | Path, base: nn.Module) -> S3T:
-        """Reads what :func:`fine_tune` has written, for the base model that it was trained from.
+        """Reads what :func:`fine_tune` has written, for the base model that it was trained from; ``base`` gets LoRA
+        layers, its own weights stay.
 
         Raises:
-            CheckpointError: no such folder, or another base model.
+            CheckpointError: no such folder, a damaged one, or another base model.
         """
         folder = Path(folder).expanduser()
-        if not (folder / PLAN).is_file():
-            raise CheckpointError(
-                f"{folder}: holds no {PLAN}. Expected a folder made by hf_fuse.unlearn.s3t.fine_tune."
-            )
-        plan = Plan(**json.loads((folder / PLAN).read_text(encoding="utf-8")))
+        plan = _read_plan(folder)
         if plan.fingerprint != fingerprint(base):
             raise CheckpointError(f"{folder}: was trained from a model with other weights than the one given.")
         from peft import LoraConfig, get_peft_model
@@ -136,16 +129,19 @@ class S3T:
 
     def delete(self, rows: Sequence[int]) -> None:
         """Deletes rows of the training set by their numbers, and the files of everything trained after them. Exact:
-        what is left was never in touch with them.
+        what is left was never in touch with them. If it is interrupted, delete again: files that were left go then.
 
         Raises:
-            FuseError: a row that was never trained on.
+            FuseError: a row that was never trained on; nothing is deleted then.
         """
-        gone = self.plan.delete(rows)
-        # The plan first: files that it no longer names are never read again, even if removing them is interrupted.
+        self.plan = _read_plan(self.folder)  # another process may have deleted since
+        self.plan.delete(rows)
+        # The plan first: files that it no longer names are never read again.
         _write_plan(self.folder, self.plan)
-        for shard, sequence, place in gone:
-            _file(self.folder, shard, sequence, place).unlink(missing_ok=True)
+        for shard, intact in enumerate(self.plan.intact):
+            for sequence, kept in enumerate(intact):
+                for place in range(kept, len(self.plan.orders[sequence])):
+                    _file(self.folder, shard, sequence, place).unlink(missing_ok=True)
 
     @torch.no_grad()
     def predict_proba(self, batch: dict[str, Tensor]) -> Tensor:
@@ -186,7 +182,7 @@ def fine_tune(
     data, or whose own may stay.
 
     Args:
-        model: the base, on its device; left as it was.
+        model: the base, on its device. The result is made of it: it gets LoRA layers, its own weights stay.
         rows: training set, of known length, with labels.
         output: folder to make, with one file per slice.
         data_collator: rows -> a batch.
@@ -330,6 +326,17 @@ def _seed(seed: int, shard: int, numbers: Sequence[int]) -> int:
 
 def _file(folder: Path, shard: int, sequence: int, place: int) -> Path:
     return folder / f"shard-{shard}" / f"sequence-{sequence}" / f"slice-{place}.safetensors"
+
+
+def _read_plan(folder: Path) -> Plan:
+    try:
+        return Plan(**json.loads((folder / PLAN).read_text(encoding="utf-8")))
+    except OSError:
+        raise CheckpointError(
+            f"{folder}: holds no {PLAN}. Expected a folder made by hf_fuse.unlearn.s3t.fine_tune."
+        ) from None
+    except (TypeError, ValueError) as error:
+        raise CheckpointError(f"{folder / PLAN}: is damaged ({error}). Fine-tune again.") from None
 
 
 def _write_plan(folder: Path, plan: Plan) -> None:
