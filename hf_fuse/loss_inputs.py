@@ -31,6 +31,11 @@ FROM_MODEL = {
     "attention": "(B, heads, T, T) of one layer, another one each step, with attn_implementation='eager'",
     "router_logits": "tuple of (B * T, E) or (B, T, E), one per router",
     "router_weights": "tuple of the same shapes, 0 where an expert was not chosen",
+    "sample_logits": "(B, C), of all samples, with a label or not",
+    "sample_labels": "(B,), their labels, -100 for none",
+    "image_embeds": "(N, D), of models with two towers, such as CLIP",
+    "text_embeds": "(N, D), likewise",
+    "ids_restore": "(B, L), the place of each patch in the shuffled order of a ViTMAE, which masks the last ones",
 }
 FROM_TRAINER = {
     "head": "(C, D), weights of the classifier of whole samples",

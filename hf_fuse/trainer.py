@@ -145,6 +145,8 @@ class FuseTrainer(Trainer):
         predicted = labels is not None and getattr(outputs, "logits", None) is not None
         if predicted and needed & {"logits", "labels", "second_logits"}:
             found["logits"], found["labels"] = kept_predictions(outputs.logits, labels, shifted=shifted)
+        if predicted and needed & {"sample_logits", "sample_labels"}:
+            found["sample_logits"], found["sample_labels"] = outputs.logits, labels
         if found.get(SAMPLE_IDS) is not None:
             found[SAMPLE_IDS] = of_labelled(found[SAMPLE_IDS], labels)
         router_logits = getattr(outputs, "router_logits", None)

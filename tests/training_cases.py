@@ -52,6 +52,17 @@ def old_bert():
     return bert_of(num_labels=3).eval()
 
 
+def vit_mae(**changes):
+    torch.manual_seed(0)
+    shapes = {"image_size": 8, "patch_size": 2, "num_channels": 1}
+    shapes |= {
+        f"decoder_{name}": value for name, value in ENCODER.items() if name not in ("vocab_size", "initializer_range")
+    }
+    # Empty patches are 0 at the start, where a layer norm is as steep as its epsilon is small.
+    shapes["layer_norm_eps"] = 0.01
+    return transformers.ViTMAEForPreTraining(transformers.ViTMAEConfig(**ENCODER | shapes | changes))
+
+
 def mixtral(**changes):
     torch.manual_seed(0)
     experts = {"num_local_experts": 4, "num_experts_per_tok": 2, "router_aux_loss_coef": 0.5}
@@ -94,6 +105,20 @@ def probed_data(count: int = 32) -> list[dict[str, torch.Tensor]]:
     for row in rows:
         row["probe_targets"] = torch.where(torch.arange(len(row["labels"])) % 3 == 0, row["labels"] / 10.0, torch.nan)
     return rows
+
+
+def half_labelled_data() -> list[dict[str, Any]]:
+    """Each third sample has no label."""
+    return [row | {"labels": -100 if index % 3 == 1 else row["labels"]} for index, row in enumerate(classes_data())]
+
+
+def digits_data(count: int = 32) -> list[dict[str, Any]]:
+    """Images of digits, with the order in which their patches are masked."""
+    from sklearn.datasets import load_digits
+
+    random = torch.Generator().manual_seed(3)
+    images = torch.from_numpy(load_digits().images[:count]).float() / 16
+    return [{"pixel_values": image[None], "noise": torch.rand(16, generator=random)} for image in images]
 
 
 def padded(rows: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
@@ -149,6 +174,13 @@ CASES: dict[str, dict[str, Any]] = {
         "old_model": old_bert,
         "objectives": {"bct": 0.3, "oca": 0.1, "bt2": {"weight": 0.1, "extra": 4}},
     },
+    "remembered": {"model": bert, "objectives": {"look": {"weight": 0.3, "neighbours": 4}}},
+    "half_labelled": {
+        "model": bert,
+        "data": half_labelled_data,
+        "objectives": {"ler": {"weight": 0.3, "old_classes": 2, "threshold": 0.5}},
+    },
+    "anchored": {"model": llama, "objectives": {"entropy_bonus": {"weight": 0.3, "decay": 0.5}}},
     "flad": {
         "model": llama,
         "trainer": FladTrainer,
@@ -168,6 +200,15 @@ COMPARING_CASES: dict[str, dict[str, Any]] = {
         "objectives": {
             "info_nce": {"weight": 0.1, "symmetric": True}, "mann_whitney": 0.1, "barlow_twins": 0.01,
             "sup_con": {"weight": 0.1, "projection": 8}, "any_loss": 0.3, "hoc": 0.1,
+        },
+        "old_model": old_bert,
+    },
+    "compared_further": {
+        "model": bert,
+        "objectives": {
+            "amcl": {"weight": 0.1, "size": 8}, "isogclr": {"weight": 0.1, "rho": 2.0, "learning_rate": 0.01},
+            "metrix": 0.1, "proto_triplet": {"weight": 0.1, "margin": 5.0}, "nspt": {"weight": 0.1, "temperature": 1.0},
+            "bias_loss": 0.1,
         },
         "old_model": old_bert,
     },

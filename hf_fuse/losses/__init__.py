@@ -17,6 +17,8 @@ parameters are options; the others say what it needs, and a shape suffix (``logi
 - ``logits_at``, ``features_at``: functions from a move of the inputs' points (:mod:`hf_fuse.input_points`) to what
   another forward pass gives;
 - ``old_features``, ``old_head``, ``old_bias``, ``old_class_means``: of the frozen ``old_model``;
+- ``sample_logits``, ``sample_labels``: ``(B, C)`` and ``(B,)``, of all samples, with -100 for those without a label;
+- ``image_embeds``, ``text_embeds``: ``(N, D)``, of models with two towers; ``ids_restore``: of ViTMAE, its masks;
 - ``replay_logits``, ``replay_labels``: predictions for a batch of ``replay_dataset``, as the first two;
 - ``partner_labels``, ``shares``: of the samples that are mixed in, and what each keeps of itself (``mixup_alpha``);
 - ``sample_ids``: ``(N,)``, which sample of the training set each one is, from 0 on: a column of the data, or its index;
@@ -28,7 +30,7 @@ parameters are options; the others say what it needs, and a shape suffix (``logi
   expert was not chosen;
 - ``attention_mask``: ``(B, S)`` in the order in which the N tokens were flattened; 0 marks padding, which then takes
   no part. None counts every token;
-- any other name is a column of the batch (``task_types``).
+- any other name is a column of the batch (``task_types``), or what the model takes (``pixel_values``).
 
 A parameter with a default may stay without a tensor. A loss that carries state (a queue, an average) is a class, an
 ``nn.Module`` of the file's name: its options are those of ``__init__``, its needs those of ``forward``, and its buffers

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -25,6 +27,17 @@ class SampleTable(nn.Module):
         super().__init__()
         self.register_buffer("values", torch.zeros(samples, *shape, dtype=dtype))
         self.register_buffer("written", torch.zeros(samples, dtype=torch.bool))
+
+    @classmethod
+    def of(cls, dataset: Any, *shape: int, dtype: torch.dtype = torch.float32) -> SampleTable:
+        """A table with a row for each sample of a training set.
+
+        Raises:
+            FuseError: it is a stream.
+        """
+        if not hasattr(dataset, "__len__"):
+            raise FuseError("sample_ids: the training set is a stream, whose number of samples isn't known.")
+        return cls(len(dataset), *shape, dtype=dtype)
 
     def read(self, sample_ids_B: Tensor) -> tuple[Tensor, Tensor]:
         """The rows ``(B, *shape)``, and which of them ``(B,)`` have ever been written; the others are 0."""
