@@ -89,12 +89,15 @@ class Levi(nn.Module):
         return next(self.parameters()).device
 
     def save_pretrained(self, folder: str | Path, **_: Any) -> None:
-        """Writes the small model and the adapters; the large model is given again when loading."""
+        """Writes the small model and the adapters; the large model is given again when loading. Older weights are
+        replaced in one step."""
         folder = Path(folder).expanduser()
         folder.mkdir(parents=True, exist_ok=True)
-        save_file({name: values.contiguous() for name, values in self.state_dict().items()}, folder / WEIGHTS)
+        new = folder / f"{WEIGHTS}.partial"
+        save_file({name: values.contiguous() for name, values in self.state_dict().items()}, new)
         self.small.config.save_pretrained(folder)
         (folder / SETTINGS).write_text(json.dumps(self.settings), encoding="utf-8")
+        new.replace(folder / WEIGHTS)
 
     @classmethod
     def from_pretrained(cls, folder: str | Path, pretrained: PreTrainedModel) -> Levi:

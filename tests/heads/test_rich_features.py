@@ -123,7 +123,7 @@ def vit(seed, **changes):
     return ViTModel(ViTConfig(**size | {"image_size": 8, "patch_size": 4, "num_channels": 1} | changes))
 
 
-def test_levi_trains_the_small_model_beside_a_frozen_one(digits, tmp_path):
+def test_levi_trains_the_small_model_beside_a_frozen_one(digits, tmp_path, monkeypatch):
     X, y = digits
     pixels = torch.tensor(X, dtype=torch.float32).view(-1, 1, 8, 8)
     rows = [{"pixel_values": image, "labels": int(label)} for image, label in zip(pixels, y)]
@@ -149,6 +149,10 @@ def test_levi_trains_the_small_model_beside_a_frozen_one(digits, tmp_path):
         assert torch.equal(same(pixel_values=pixels[300:310]).logits, model(pixel_values=pixels[300:310]).logits)
     with pytest.raises(CheckpointError, match="does not fit this large model"):
         Levi.from_pretrained(tmp_path / "levi", vit(0, hidden_size=24))
+    monkeypatch.setattr("hf_fuse.heads.levi.save_file", lambda _, path: path.write_bytes(b"half of it") and 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        model.save_pretrained(tmp_path / "levi")
+    Levi.from_pretrained(tmp_path / "levi", vit(0))  # the weights of before are intact
     with pytest.raises(CheckpointError, match="holds no levi.json"):
         Levi.from_pretrained(tmp_path, large)
 
