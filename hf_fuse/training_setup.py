@@ -166,7 +166,10 @@ def prepare(recipe: TrainingRecipe, output_dir: Path) -> Setup:
         setup.new_head = set_classes(setup.config, rows)
     _encode(setup, rows)
     _try_adapter(setup)
-    _check_caches(setup)
+    if recipe.distils:
+        from hf_fuse.distill.recipe_checks import check_teachers
+
+        check_teachers(setup)
     return setup
 
 
@@ -248,18 +251,6 @@ def _try_adapter(setup: Setup) -> None:
             check_needs(objective, base, setup.data.train, extra)
         counts = [(parameter.numel(), parameter.requires_grad) for parameter in model.parameters()]
         setup.trainable = sum(count for count, trained in counts if trained), sum(count for count, _ in counts)
-
-
-def _check_caches(setup: Setup) -> None:
-    from hf_fuse.distill.cache import TeacherCache, is_cache
-    from hf_fuse.distill.cache_checks import check_tokenizer
-    from hf_fuse.distill.cached_teacher import CachedTeacher
-
-    for folder in filter(is_cache, setup.recipe.teacher or ()):
-        teacher = CachedTeacher(TeacherCache(folder))
-        if setup.kind != "text":
-            raise RecipeError(f"teacher: {folder} is a cache of predictions in texts, but the data holds classes.")
-        check_tokenizer(teacher, setup.processor, setup.config.get_text_config().vocab_size)
 
 
 def _heads(model: PreTrainedModel) -> list[str]:

@@ -75,10 +75,19 @@ def check_student(teacher: CachedTeacher, student: nn.Module, objectives: list[O
         shifted: whether it predicts the next tokens.
 
     Raises:
-        FuseError: it doesn't, or an objective needs more than the cache keeps, or another temperature.
+        FuseError: it doesn't, or see :func:`check_objectives`.
     """
     if not shifted or student.get_output_embeddings() is None:
         raise FuseError(f"{teacher.name}: is for causal language models; the student is a {type(student).__name__}.")
+    check_objectives(teacher, objectives)
+
+
+def check_objectives(teacher: CachedTeacher, objectives: list[Objective]) -> None:
+    """Whether objectives can do with what a cache keeps.
+
+    Raises:
+        FuseError: one needs more, or another temperature.
+    """
     none_NV, none_N = torch.zeros(0, teacher.facts.vocabulary), torch.zeros(0, dtype=torch.long)
     top = TopK.of(none_NV, teacher.facts.k, none_N, temperature=teacher.facts.temperature)
     for objective in objectives:

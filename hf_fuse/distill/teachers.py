@@ -13,7 +13,7 @@ from typing import Any
 import torch
 import transformers
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBase
 
 from hf_fuse.checkpoint.tokenizer_comparison import PROBES
 from hf_fuse.errors import FuseError
@@ -155,18 +155,23 @@ def load_teacher(name: str, options: dict[str, Any]) -> nn.Module:
     """Loads the model that a checkpoint's configuration names, in its own precision.
 
     Raises:
-        FuseError: there is none, or its class isn't one of transformers.
+        FuseError: there is none, its class isn't one of transformers, or it lacks weights.
     """
     safe = {"dtype": "auto", "use_safetensors": True, "trust_remote_code": False}
+    where = {key: options[key] for key in ("revision", "subfolder", "token", "cache_dir") if key in options}
     try:
-        config = AutoConfig.from_pretrained(name, trust_remote_code=False)
+        config = AutoConfig.from_pretrained(name, trust_remote_code=False, **where)
         kind = (config.architectures or ["no architecture"])[0]
         if not hasattr(transformers, kind):
             raise FuseError(f"teacher {name}: its configuration names {kind}, which transformers doesn't have.")
-        return getattr(transformers, kind).from_pretrained(name, **safe | options)
+        loader = getattr(transformers, kind)
+        model, info = loader.from_pretrained(name, output_loading_info=True, **safe | options)
     except (OSError, ValueError) as error:
         reason = str(error).strip().split("\n")[0].rstrip(".")
         raise FuseError(f"teacher {name}: can't be loaded: {reason}.") from error
+    if missing := sorted(info["missing_keys"]):
+        raise FuseError(f"teacher {name}: lacks {len(missing)} weight(s) of a {kind}, first {missing[0]!r}.")
+    return model
 
 
 def tokenizer_of(model: nn.Module, processing_class: Any = None) -> PreTrainedTokenizerBase | None:
@@ -194,17 +199,32 @@ def check_teacher(
     Raises:
         FuseError: tokenizers, vocabularies or classes differ, or can't be compared.
     """
-    named = f"teacher {teacher.name}"
+    of_tokens = student.get_output_embeddings() is not None
+    configs = student.config, teacher.base.config
+    check_predictions(f"teacher {teacher.name}", *configs, tokenizer, teacher_tokenizer, of_tokens=of_tokens)
+
+
+def check_predictions(
+    named: str,
+    student: PreTrainedConfig,
+    teacher: PreTrainedConfig,
+    tokenizer: PreTrainedTokenizerBase | None,
+    teacher_tokenizer: PreTrainedTokenizerBase | None,
+    *,
+    of_tokens: bool,
+) -> None:
+    """As :func:`check_teacher`, from the configs of both."""
     if tokenizer is not None and teacher_tokenizer is not None and not _equal(tokenizer, teacher_tokenizer):
         raise FuseError(
             f"{named}: has another tokenizer than the student ({len(teacher_tokenizer)} and {len(tokenizer)} tokens). "
             "It would read the student's token ids as other text. Use a teacher of the same family."
         )
-    if student.get_output_embeddings() is None:
-        return _check_classes(named, student.config, teacher.base.config)
-    sizes = [model.config.get_text_config().vocab_size for model in (student, teacher.base)]
+    if not of_tokens:
+        _check_classes(named, student, teacher)
+        return
+    sizes = [config.get_text_config().vocab_size for config in (student, teacher)]
     if sizes[0] == sizes[1]:
-        return None
+        return
     if tokenizer is None or teacher_tokenizer is None:
         raise FuseError(
             f"{named}: its vocabulary has {sizes[1]} entries, the student's {sizes[0]}. That may be padding, if the "
@@ -215,7 +235,6 @@ def check_teacher(
             f"{named}: the tokenizer has {len(tokenizer)} tokens, but vocabularies have {sizes[1]} (teacher) and "
             f"{sizes[0]} (student) entries. Resize the smaller model's embeddings."
         )
-    return None
 
 
 def _equal(one: PreTrainedTokenizerBase, other: PreTrainedTokenizerBase) -> bool:

@@ -1,6 +1,7 @@
 """``hf-fuse teach``: what it keeps is what the teacher says, once, whole or not at all."""
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -297,11 +298,6 @@ def test_a_recipe_that_the_cache_does_not_fit_is_refused(home, tmp_path):
     for recipe, message in (
         (student_recipe(home, cache, "texts"), "lacks 11 of the 11 training rows. The first is row 1: no text of"),
         (student_recipe(home, cache, {"train": str(home / "completions.jsonl"), "max_length": 20}), "training rows"),
-        (student_recipe(home, cache, teacher_model_init_kwargs={"revision": "abc"}), "revision unknown of teacher"),
-        (student_recipe(home, cache) | {"model": str(home / "words")}, "another tokenizer than the student's"),
-        (student_recipe(home, str(home)), "teacher .*: can't be loaded"),
-        (student_recipe(home, None), "objectives.forward_kl: needs a teacher, and none is given"),
-        (student_recipe(home, cache, objectives={"logit_z": 1.0}), "none of them is a distillation method"),
     ):
         with pytest.raises(FuseError, match=message):
             hf_fuse.train(recipe, output=tmp_path / "student")
@@ -314,6 +310,31 @@ def test_a_recipe_that_the_cache_does_not_fit_is_refused(home, tmp_path):
 
 
 # ---- refusals and the command
+
+
+def test_a_dry_run_finds_teachers_that_do_not_fit(home, tmp_path):
+    cache = str(teach(recipe_of(home, "completions", k=4), tmp_path / "cache").output)
+    words, cut, two = str(home / "words"), tmp_path / "cut", {"forward_kl": {"weight": 1, "temperature": 2}}
+    shutil.copytree(home / "teacher", cut)
+    (cut / "model.safetensors").write_bytes((home / "teacher" / "model.safetensors").read_bytes()[:-9])
+    live = student_recipe(home, None, objectives={"task": 0.5, "fuse_llm": 0.5})
+    for recipe, message in (
+        (student_recipe(home, cache, teacher_model_init_kwargs={"revision": "abc"}), "revision unknown of teacher"),
+        (student_recipe(home, cache) | {"model": words}, "another tokenizer than the student's"),
+        (student_recipe(home, cache, objectives=two), "forward_kl: .* at temperature 1, but the loss has 2"),
+        (student_recipe(home, cache, objectives={"logit_z": 1.0}), "none of them is a distillation method"),
+        (student_recipe(home, cache, teacher_weights=[1, 2]), "teacher_weights has 2 numbers for 1 teacher"),
+        (student_recipe(home, None), "objectives.forward_kl: needs a teacher, and none is given"),
+        (student_recipe(home, "base"), "base is the model without its adapter, but no adapter is trained"),
+        (student_recipe(home, str(home)), "no model.safetensors"),
+        (student_recipe(home, "no/where"), "no/where"),
+        (student_recipe(home, str(cut)), "model.safetensors"),
+        (student_recipe(home, words), "has another tokenizer than the student"),
+        (live | {"teacher": words}, "fuse_llm: fuses models .* under sources"),
+        (live | {"sources": str(cut)}, "model.safetensors"),
+    ):
+        with pytest.raises(FuseError, match=message):
+            hf_fuse.train(recipe, output=tmp_path / "student", dry_run=True)
 
 
 @pytest.mark.parametrize(
