@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from hf_fuse.diagnostics.unit_matching import linear_cka, match_units
+from hf_fuse.diagnostics.unit_matching import cka_of_layers, match_units
 from hf_fuse.errors import FuseError
+from hf_fuse.perplexity import context_length
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -91,7 +92,7 @@ def compare_layers(
         first, second: folders or Hub ids.
         texts: what both read.
         positions: at most so many tokens, evenly spread over the texts, are compared.
-        max_length: of a text, in tokens; the rest is cut off.
+        max_length: of a text, in tokens, within the models' contexts; the rest is cut off.
 
     Raises:
         FuseError: no such model, another tokenizer, or too little text.
@@ -100,6 +101,7 @@ def compare_layers(
 
     check_device(device)
     pair = candidates([first, second], "causal")
+    max_length = min([max_length, *filter(None, (context_length(candidate.config) for candidate in pair))])
     encoded = [
         candidate.processor(list(texts), truncation=True, max_length=max_length)["input_ids"] for candidate in pair
     ]
@@ -125,9 +127,10 @@ def compare_layers(
             layers.append([layer_1TD[0, own.to(layer_1TD.device)].float().cpu() for layer_1TD in hidden])
         states.append([torch.cat(rows) for rows in zip(*layers)])
         del model
-    cka = torch.tensor([[linear_cka(a, b) for b in states[1]] for a in states[0]])
+    cka = cka_of_layers(*states)
     matching = []
-    for number, (a, b) in enumerate(zip(*states)):
+    pairs = tqdm(list(zip(*states)), desc="match units", unit="layer", disable=None)
+    for number, (a, b) in enumerate(pairs):
         if a.shape[1] != b.shape[1]:
             continue
         found = match_units(a, b)

@@ -52,7 +52,8 @@ def neural_collapse(
         bias_C: of the classifier.
 
     Raises:
-        FuseError: fewer than two classes with samples, or a classifier of another width or with too few rows.
+        FuseError: fewer than two classes with samples, equal class means, or a classifier of another width or with too
+            few rows.
     """
     features_ND, labels_N = features_ND.double(), labels_N.to(features_ND.device)
     classes_K, numbers_N = labels_N.unique(return_inverse=True)
@@ -63,6 +64,8 @@ def neural_collapse(
     means_KD = members_NK.T @ features_ND / members_NK.sum(0)[:, None]
     spread_ND = features_ND - means_KD[numbers_N]
     centred_KD = means_KD - means_KD.mean(0)
+    if not centred_KD.norm() > 0:
+        raise FuseError("neural collapse: all class means are equal. Look at the features.")
     within_DD = spread_ND.T @ spread_ND / len(features_ND)
     # S_between has rank C - 1 at most: its pseudo-inverse comes from the small side.
     _, singular, right = torch.linalg.svd(centred_KD / classes**0.5, full_matrices=False)

@@ -9,13 +9,12 @@ from __future__ import annotations
 
 import numpy as np
 import torch
-from scipy.sparse.csgraph import minimum_spanning_tree
+from scipy.cluster.hierarchy import linkage
 from torch import Tensor
 
 from hf_fuse.errors import FuseError
 
 LARGEST = 2000  # samples; time and memory grow with their square
-SHORTEST = 1e-100
 
 
 def separability(features_ND: Tensor, clusters: int, *, seed: int = 0) -> float:
@@ -31,10 +30,9 @@ def separability(features_ND: Tensor, clusters: int, *, seed: int = 0) -> float:
         )
     draw = torch.randperm(len(features_ND), generator=torch.Generator().manual_seed(seed))[:LARGEST]
     rows = features_ND.detach().double().cpu()[draw.sort().values]
-    distances = torch.cdist(rows, rows).numpy()
-    # Zeros would be no edges: equal samples are joined by very short ones.
-    edges = np.sort(minimum_spanning_tree(np.maximum(distances, SHORTEST)).data)
+    # Single linkage joins clusters along the edges of the minimum spanning tree, equal samples at distance 0.
+    edges = np.sort(linkage(rows.numpy(), "single")[:, 2])
     longest, rest = edges[-(clusters - 1) :], edges[: -(clusters - 1)]
-    if not rest.mean() > SHORTEST:
+    if not rest.mean() > 0:
         raise FuseError("separability: the samples of a cluster are all equal. Look at the features.")
     return float(longest.mean() / rest.mean())

@@ -2,17 +2,18 @@
 correlation.
 
 (https://arxiv.org/abs/1511.07543.) Two models whose units match one to one are worth aligning before a merge.
-Similarity is
-biased towards simple features: it does not say that both compute the same.
+Similarity is biased towards simple features: it does not say that both compute the same.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor
+from tqdm import tqdm
 
 from hf_fuse.errors import FuseError
 
@@ -75,21 +76,45 @@ def linear_cka(first_ND: Tensor, second_NE: Tensor, *, debiased: bool = True) ->
         FuseError: another number of samples, too few of them, or features that never change.
     """
     _check(first_ND, second_NE)
-    first, second = (features.double() - features.double().mean(0) for features in (first_ND, second_NE))
-    if not debiased:
-        products = [(a.T @ b).square().sum() for a, b in ((first, second), (first, first), (second, second))]
-    else:
-        if len(first) < 4:
-            raise FuseError(f"CKA: {len(first)} samples are too few for the unbiased estimate; expected 4 or more.")
-        grams = [features @ features.T for features in (first, second)]
-        for gram in grams:
-            gram.fill_diagonal_(0)
-        pairs = ((grams[0], grams[1]), (grams[0], grams[0]), (grams[1], grams[1]))
-        products = [_unbiased_hsic(a, b) for a, b in pairs]
-    scale = (products[1] * products[2]).sqrt()
-    if not scale > 0:
-        raise FuseError("CKA: the features of one layer never change. Take other samples.")
-    return (products[0] / scale).item()
+    if debiased:
+        return cka_of_layers([first_ND], [second_NE]).item()
+    first, second = _centred(first_ND), _centred(second_NE)
+    products = [(a.T @ b).square().sum() for a, b in ((first, second), (first, first), (second, second))]
+    return _normalised(*products).item()
+
+
+def cka_of_layers(first: Sequence[Tensor], second: Sequence[Tensor]) -> Tensor:
+    """Debiased linear CKA ``(L1, L2)`` of every layer ``(N, D)`` of one model with every layer of another.
+
+    Memory: an ``N x N`` matrix per layer of the first.
+
+    Raises:
+        FuseError: as of :func:`linear_cka`.
+    """
+    if len(first[0]) < 4:
+        raise FuseError(f"CKA: {len(first[0])} samples are too few for the unbiased estimate; expected 4 or more.")
+    grams = [_gram(layer_ND) for layer_ND in first]
+    own = [_unbiased_hsic(gram, gram) for gram in grams]
+    columns = []
+    for layer_ND in tqdm(second, desc="CKA", unit="layer", disable=None):
+        other = _gram(layer_ND)
+        itself = _unbiased_hsic(other, other)
+        columns.append(
+            torch.stack([_normalised(_unbiased_hsic(gram, other), h, itself) for gram, h in zip(grams, own)])
+        )
+    return torch.stack(columns, dim=1)
+
+
+def _normalised(both: Tensor, first: Tensor, second: Tensor) -> Tensor:
+    if not (first > 0 and second > 0):
+        raise FuseError("CKA: the features of one layer hardly ever change. Take other samples, or more.")
+    return both / (first * second).sqrt()
+
+
+def _gram(features_ND: Tensor) -> Tensor:
+    """Inner products of different samples."""
+    features_ND = _centred(features_ND)
+    return (features_ND @ features_ND.T).fill_diagonal_(0)
 
 
 def _unbiased_hsic(first_NN: Tensor, second_NN: Tensor) -> Tensor:
@@ -99,8 +124,12 @@ def _unbiased_hsic(first_NN: Tensor, second_NN: Tensor) -> Tensor:
     return ((first_NN * second_NN).sum() + ends - middle) / (count * (count - 3))
 
 
+def _centred(features_ND: Tensor) -> Tensor:
+    return features_ND.double() - features_ND.double().mean(0)
+
+
 def _standardised(features_ND: Tensor) -> Tensor:
-    centred = features_ND.double() - features_ND.double().mean(0)
+    centred = _centred(features_ND)
     return centred / centred.norm(dim=0).clamp(min=1e-12)
 
 

@@ -41,3 +41,10 @@ def v_information(features_ND: Tensor, target_N: Tensor) -> float:
 def complexity(layers: Sequence[Tensor], target_N: Tensor) -> float:
     """One minus the mean V-information about a feature over layers ``(N, D)``: low for what all layers tell."""
     return 1 - sum(v_information(features_ND, target_N) for features_ND in layers) / len(layers)
+
+
+def main_direction(features_ND: Tensor) -> Tensor:
+    """The samples along the direction in which they differ most ``(N,)``, fp64: a feature to ask about."""
+    centred_ND = features_ND.double() - features_ND.double().mean(0)
+    left, singular, _ = torch.linalg.svd(centred_ND, full_matrices=False)
+    return left[:, 0] * singular[0]

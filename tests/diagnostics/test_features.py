@@ -8,10 +8,17 @@ from sklearn.datasets import load_digits
 from transformers import ViTConfig, ViTForImageClassification
 
 from hf_fuse import FuseConfig, FuseTrainer
-from hf_fuse.diagnostics.callbacks import FeatureCallback, SeparabilityStop, collapse, collect_features
+from hf_fuse.diagnostics.callbacks import (
+    FeatureCallback,
+    SeparabilityStop,
+    collapse,
+    collect_features,
+    layer_information,
+    likeness,
+)
 from hf_fuse.diagnostics.neural_collapse import neural_collapse
 from hf_fuse.diagnostics.separability import separability
-from hf_fuse.diagnostics.unit_matching import linear_cka, match_units
+from hf_fuse.diagnostics.unit_matching import cka_of_layers, linear_cka, match_units
 from hf_fuse.diagnostics.v_information import complexity, v_information
 from hf_fuse.errors import FuseError
 from hf_fuse.heads.simplex import simplex
@@ -52,6 +59,10 @@ def test_neural_collapse_sees_what_is_not_collapsed():
     assert neural_collapse(wide, labels).within == pytest.approx(neural_collapse(features, labels).within)
     with pytest.raises(FuseError, match=r"of 1 class\(es\)"):
         neural_collapse(features, torch.zeros(len(features), dtype=torch.long))
+    with pytest.raises(FuseError, match="class means are equal"):
+        neural_collapse(torch.ones(4, 2), torch.tensor([0, 0, 1, 1]))
+    with pytest.raises(FuseError, match="needs samples with labels"):
+        collapse(features, None, torch.nn.Linear(3, 4))
     with pytest.raises(FuseError, match="a row for each class up to 3 and 3 columns"):
         neural_collapse(features, labels, means[:2])
 
@@ -68,7 +79,11 @@ def test_cka_of_a_copy_and_of_strangers():
     other = random(50, 4, seed=3) - random(50, 4, seed=3).mean(0)
     expected = (by_hand.T @ other).norm() ** 2 / ((by_hand.T @ by_hand).norm() * (other.T @ other).norm())
     assert linear_cka(by_hand, other, debiased=False) == pytest.approx(expected.item())
-    with pytest.raises(FuseError, match="never change"):
+    layers = [random(50, 6, seed=n) for n in range(3)]
+    whole = cka_of_layers(layers[:2], layers)
+    for i in range(2):
+        assert whole[i].tolist() == pytest.approx([linear_cka(layers[i], other) for other in layers])
+    with pytest.raises(FuseError, match="hardly ever change"):
         linear_cka(features, torch.ones(50, 3))
     with pytest.raises(FuseError, match="shapes"):
         linear_cka(features, random(49, 6))
@@ -110,6 +125,8 @@ def test_separability_rises_with_the_gap_between_clusters(monkeypatch):
     assert separability(far, 2) > 5 > 2 * separability(random(100, 4, seed=2), 2) > 0
     assert separability(far, 2) > 3 * separability(near, 2)
     assert separability(2 * far + 3, 2) == pytest.approx(separability(far, 2)), "scale and place do not matter"
+    twice = torch.cat([far, far])
+    assert separability(twice, 2) == pytest.approx(separability(far, 2) * 198 / 98, rel=0.02), "edges of length 0 count"
     monkeypatch.setattr("hf_fuse.diagnostics.separability.LARGEST", 80)
     assert separability(far, 2) == separability(far, 2) != separability(far, 2, seed=1), "a draw of 80"
     with pytest.raises(FuseError, match="1 clusters of 100 samples"):
@@ -125,7 +142,7 @@ def digits():
     return [{"pixel_values": image, "labels": int(label)} for image, label in zip(pixels, y)]
 
 
-def trainer(digits, folder, *callbacks, epochs=3):
+def trainer(digits, folder, *callbacks, epochs=3, save_strategy="no"):
     torch.manual_seed(0)
     config = ViTConfig(
         hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=24, image_size=8, patch_size=4,
@@ -133,14 +150,17 @@ def trainer(digits, folder, *callbacks, epochs=3):
     )  # fmt: skip
     args = FuseConfig(
         str(folder), num_train_epochs=epochs, per_device_train_batch_size=32, learning_rate=5e-3, report_to=[],
-        use_cpu=True, save_strategy="no", disable_tqdm=True, logging_strategy="no",
+        use_cpu=True, save_strategy=save_strategy, disable_tqdm=True, logging_strategy="no",
     )  # fmt: skip
     return FuseTrainer(ViTForImageClassification(config), args, train_dataset=digits[:200], callbacks=list(callbacks))
 
 
 def test_features_collapse_while_training_on_digits(digits, tmp_path):
     watch = FeatureCallback(collapse, digits[200:300], chart=tmp_path / "collapse.png")
-    run = trainer(digits, tmp_path, watch, epochs=4)
+    deep = FeatureCallback(layer_information, digits[200:300], layers=True, chart=tmp_path / "layers.png")
+    run = trainer(digits, tmp_path, watch, deep, epochs=4)
+    start, _ = collect_features(run.model, watch.batches)
+    run.add_callback(alike := FeatureCallback(likeness(start), digits[200:300]))
     before, labels = collect_features(run.model, watch.batches)
     assert before.shape == (100, 16) and labels.tolist() == [row["labels"] for row in digits[200:300]]
     run.train()
@@ -148,7 +168,13 @@ def test_features_collapse_while_training_on_digits(digits, tmp_path):
     assert watch.history[-1]["within"] < neural_collapse(before, labels).within / 2
     assert watch.history[-1]["mismatch"] <= watch.history[0]["mismatch"]
     assert [row["within"] for row in run.state.log_history if "within" in row] == [r["within"] for r in watch.history]
-    assert (tmp_path / "collapse.png").stat().st_size > 5000
+    assert (tmp_path / "collapse.png").stat().st_size > 5000 and (tmp_path / "layers.png").stat().st_size > 5000
+    assert likeness(before)(before, None, run.model)["one_to_one"] == pytest.approx(1.0)
+    assert 0 < alike.history[-1]["cka"] < 0.99 and alike.history[-1]["one_to_one"] < 0.99
+    # What differs most in the end is told by the layer before, and less by the embeddings of the pixels.
+    assert deep.history[-1].keys() == {"epoch", "step", "layer_0", "complexity"}
+    with pytest.raises(FuseError, match="charts are written as"):
+        FeatureCallback(collapse, digits, chart=tmp_path / "collapse.doc")
 
 
 def test_training_stops_when_separability_rises_no_more(digits, tmp_path):
@@ -156,7 +182,16 @@ def test_training_stops_when_separability_rises_no_more(digits, tmp_path):
     run = trainer(digits, tmp_path, stop, epochs=9)
     run.train()
     assert run.state.epoch == 3.0
-    patient = SeparabilityStop(3, digits[200:300], patience=2, threshold=-1.0)  # every value counts as a rise
-    run = trainer(digits, tmp_path, patient, epochs=4)
     run.train()
-    assert run.state.epoch == 4.0
+    assert run.state.epoch == 3.0 and len(stop.history) == 3, "another training begins anew"
+    # Resumed after the first epoch, it counts that one too.
+    again = SeparabilityStop(3, digits[200:300], patience=2, threshold=100.0)
+    trainer(digits, tmp_path / "cut", again, epochs=2, save_strategy="epoch").train()
+    later = SeparabilityStop(3, digits[200:300], patience=2, threshold=100.0)
+    run = trainer(digits, tmp_path / "cut", later, epochs=9)
+    run.train(resume_from_checkpoint=str(tmp_path / "cut" / "checkpoint-7"))
+    assert run.state.epoch == 3.0 and [row["epoch"] for row in later.history] == [1.0, 2.0, 3.0]
+    patient = SeparabilityStop(3, digits[200:300], patience=2, threshold=-1.0)  # every value counts as a rise
+    run = trainer(digits, tmp_path, patient, epochs=3)
+    run.train()
+    assert run.state.epoch == 3.0
