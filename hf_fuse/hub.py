@@ -245,8 +245,9 @@ def _operations(
     if card := files.get("README.md"):
         branch = None if target.branch == "main" else target.branch
         contents["README.md"] = card_for_repo(card.read_text(encoding="utf-8"), target.repo_id, branch).encode()
-    if recipe := files.get("fuse_recipe.yaml"):
-        contents["fuse_recipe.yaml"] = public_recipe(recipe.read_text(encoding="utf-8")).encode()
+    for name, path in files.items():
+        if path.name == "fuse_recipe.yaml":
+            contents[name] = public_recipe(path.read_text(encoding="utf-8")).encode()
     return deletions + [
         CommitOperationAdd(path_in_repo=name, path_or_fileobj=content) for name, content in contents.items()
     ]

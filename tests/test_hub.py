@@ -126,9 +126,13 @@ def test_the_pushed_recipe_says_nothing_of_the_disk(hub: HubServer, repo_id: str
         f"method: linear\nmodels:\n- path: {tmp_path}/Jane Doe/expert\n  weight: 1.0e-05\n- path: org/name\n"
         "- {path: ../mine/other, weight: {learned: ~/learned}}\nparameters: {filter: self_attn.*/x}\n"
     )
-    (folder / "fuse_recipe.yaml").write_text(text)
+    (folder / "targets").mkdir()  # as of a fusion that keeps them
+    for path in (folder, folder / "targets"):
+        (path / "fuse_recipe.yaml").write_text(text)
     push(folder, repo_id)
-    pushed = yaml.safe_load(hub.files(repo_id)["fuse_recipe.yaml"].content)
+    files = hub.files(repo_id)
+    pushed = yaml.safe_load(files["fuse_recipe.yaml"].content)
+    assert files["targets/fuse_recipe.yaml"].content == files["fuse_recipe.yaml"].content
     models = [
         {"path": "expert", "weight": 1e-5},
         {"path": "org/name"},

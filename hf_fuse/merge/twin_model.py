@@ -22,7 +22,7 @@ from torch.func import functional_call
 from transformers import AutoConfig, GenerationConfig, PreTrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from hf_fuse.checkpoint.reader import open_checkpoint
+from hf_fuse.checkpoint.reader import open_checkpoint, read_header
 from hf_fuse.errors import CheckpointError, FuseError, RecipeError
 from hf_fuse.merge.twin_restore import SHARED, read_store
 
@@ -129,6 +129,9 @@ class TwinModel(PreTrainedModel):
             folder / SHARED, dtype=dtype, use_safetensors=True, trust_remote_code=False, local_files_only=True
         )
         names = _live_names(folder / SHARED, kind, base)
+        for entry in facts["tasks"].values():
+            if entry["expert"]:
+                read_header(folder / entry["expert"])  # says what is wrong with a damaged file
         experts = {
             task: _renamed(load_file(folder / entry["expert"]), names, folder) if entry["expert"] else {}
             for task, entry in facts["tasks"].items()

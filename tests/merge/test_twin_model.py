@@ -10,7 +10,7 @@ from tiny_models import Family, transformers_family
 
 import hf_fuse
 from hf_fuse import TwinModel, train_router
-from hf_fuse.errors import FuseError
+from hf_fuse.errors import CheckpointError, FuseError
 
 TASKS = ["one", "two"]
 KINDS = {"llama": t.AutoModelForCausalLM, "llama_tied": t.AutoModelForCausalLM, "gpt2": t.AutoModelForCausalLM,
@@ -178,3 +178,11 @@ def test_mistakes_get_one_clear_error(families, tmp_path):
         model(input_ids=IDS[:1])
     with pytest.raises(FuseError, match="another prompt"):
         model(input_ids=IDS[:, :1], past_key_values=cache)
+
+
+def test_a_damaged_store_is_refused_in_one_sentence(families, tmp_path):
+    store = _store(families("llama"), tmp_path / "store", density=1.0)
+    file = sorted(store.glob("expert-*.safetensors"))[0]
+    file.write_bytes(file.read_bytes()[:-8])
+    with pytest.raises(CheckpointError, match=file.name):
+        TwinModel.from_store(store)
