@@ -23,10 +23,17 @@ def similarity(
     from hf_fuse.diagnostics.layer_similarity import compare_layers
     from hf_fuse.evaluation_data import read_text_files
 
+    if plot:
+        from hf_fuse.plots import _checked
+
+        _checked(plot)  # rather than after the work
     paragraphs = [
         part for file in read_text_files(text) for whole in file for part in whole.split("\n\n") if part.strip()
     ]
     found = compare_layers(first, second, paragraphs, positions=positions, device=device)
-    print(json.dumps(found.to_dict(), indent=2)) if as_json else found.print(console())
+    if as_json:
+        print(json.dumps(found.to_dict(), indent=2))
+    else:
+        found.print(console())
     if plot:
         found.plot(plot)

@@ -27,7 +27,8 @@ def class_balanced(rows: Dataset, label_column: str = "label", *, size: int | No
         seed: of all orders.
 
     Raises:
-        FuseError: no such column, no rows, rows without a class, or fewer rows asked for than there are classes.
+        FuseError: no such column, no rows, rows without a class or of several, or fewer rows asked for than there are
+            classes.
     """
     if label_column not in rows.column_names:
         raise FuseError(f"the dataset has no column {label_column!r}. {nearest(label_column, rows.column_names)}")
@@ -36,6 +37,8 @@ def class_balanced(rows: Dataset, label_column: str = "label", *, size: int | No
         raise FuseError(
             f"column {label_column!r}: row {unlabelled[0]} (counted from 0) has no class. Leave such rows out."
         )
+    if labels and isinstance(labels[0], (list, dict)):
+        raise FuseError(f"column {label_column!r}: holds more than one value per row; expected one class.")
     classes, class_of_row = np.unique(np.array(labels), return_inverse=True)
     size = len(rows) if size is None else size
     if not len(classes) or size < len(classes):

@@ -144,11 +144,10 @@ def _rows(sources: Sequence) -> tuple[list[tuple[str, int]], Dataset]:
                 f"{', '.join(first)}, or of other types. Select from one of them at a time, or make them alike."
             )
     rows = concatenate_datasets([part.rows for part in parts])
-    for number, text in enumerate(Texts(rows)):
-        if not text or text.isspace():
-            raise FuseError(
-                f"{parts[0].name}: row {number} (counted from 0, over all sources) holds no text. Remove it."
-            )
+    for part in parts:
+        for number, text in enumerate(Texts(part.rows)):
+            if not text or text.isspace():
+                raise FuseError(f"{part.name}: row {number} (counted from 0) holds no text. Remove it.")
     return [(part.name, len(part.rows)) for part in parts], rows
 
 

@@ -6,6 +6,7 @@ and D tokens, AdamW, dense decoders. It says nothing about fine-tuning or adapte
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -41,10 +42,10 @@ def step_law(parameters: float, tokens: float) -> StepLaw:
         tokens: of the whole training.
 
     Raises:
-        FuseError: a number below 1.
+        FuseError: a number below 1, or none that is finite.
     """
     for name, value in (("parameters", parameters), ("tokens", tokens)):
-        if not value >= 1:
+        if not 1 <= value < math.inf:
             raise FuseError(f"{name} is {value}; expected a count, as 1e9.")
     low, high = FITTED
     warning = None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections import Counter
 
 import pytest
@@ -61,6 +62,8 @@ def test_balanced_classes_come_in_rounds():
         class_balanced(data, size=2)
     with pytest.raises(FuseError, match="row 1 .* has no class"):
         class_balanced(Dataset.from_dict({"label": [0, None]}))
+    with pytest.raises(FuseError, match="more than one value per row"):
+        class_balanced(Dataset.from_dict({"label": [[0], [1, 2]]}))
 
 
 def test_step_law():
@@ -70,8 +73,9 @@ def test_step_law():
     found = step_law(1.25e8, 2.5e9)
     assert f"{found.learning_rate:.2e}" == "2.32e-03" and found.batch_tokens == pytest.approx(134.8e3, rel=1e-3)
     assert "was fitted on" in step_law(7e9, 1e12).warning
-    with pytest.raises(FuseError, match="tokens is 0"):
-        step_law(1e9, 0)
+    for tokens in (0, float("inf"), float("nan")):
+        with pytest.raises(FuseError, match=f"tokens is {tokens}"):
+            step_law(1e9, tokens)
 
 
 def test_step_law_of_a_model(tmp_path, capsys, tiny_family):
@@ -83,6 +87,8 @@ def test_step_law_of_a_model(tmp_path, capsys, tiny_family):
     assert parameters_outside_embeddings(config) == layers + 8
     with pytest.raises(FuseError, match="vit: is not a causal language model"):
         parameters_outside_embeddings(ViTConfig())
+    cli.app(["step-law", "1e9", "--tokens", "1e11", "--json"], standalone_mode=False)
+    assert json.loads(capsys.readouterr().out)["learning_rate"] == step_law(1e9, 1e11).learning_rate
     cli.app(["step-law", "1e9", "--tokens", "1e11"], standalone_mode=False)
     assert "learning rate: 0.00163" in capsys.readouterr().out
     cli.app(["step-law", str(tiny_family("plain").base), "--tokens", "1e9"], standalone_mode=False)

@@ -134,8 +134,10 @@ def test_bad_data_is_one_error(tmp_path):
     for name, columns in {"pool": {"text": ["some words", " "]}, "other": {"text": ["words"], "n": [1]}}.items():
         Dataset.from_dict(columns).to_json(tmp_path / f"{name}.jsonl")
     recipe = {"method": "dsir", "target": str(tmp_path / "other.jsonl"), "keep": 1}
-    with pytest.raises(FuseError, match=r"row 1 \(counted from 0, over all sources\) holds no text"):
-        select(recipe | {"data": str(tmp_path / "pool.jsonl")}, tmp_path / "out")
+    Dataset.from_dict({"text": ["words", "more words"]}).to_json(tmp_path / "whole.jsonl")
+    with pytest.raises(FuseError, match=r"pool.*: row 1 \(counted from 0\) holds no text"):
+        both = [str(tmp_path / "whole.jsonl"), str(tmp_path / "pool.jsonl")]
+        select(recipe | {"data": both}, tmp_path / "out")
     both = [str(tmp_path / "pool.jsonl"), str(tmp_path / "other.jsonl")]
     with pytest.raises(FuseError, match="has the columns text, n, but .*pool.*has text"):
         select(recipe | {"data": both}, tmp_path / "out")

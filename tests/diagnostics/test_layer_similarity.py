@@ -68,6 +68,8 @@ def test_the_command(folders, capsys, tmp_path):
     assert "200 tokens" in said and "redundancy" in said and chart.stat().st_size > 5000
     cli.app(["similarity", *pair, "--text", str(folders / "text.txt"), "--json"], standalone_mode=False)
     assert len(json.loads(capsys.readouterr().out)["cka"]) == 3
+    with pytest.raises(FuseError, match="charts are written as"):
+        cli.app(["similarity", "no", "models", "--text", "none", "--plot", "cka.doc"], standalone_mode=False)
 
 
 def test_models_that_cannot_be_compared(folders):

@@ -55,6 +55,7 @@ def dsir(
         words = (len(found) + 1) // 2  # n words make n - 1 pairs
         weight = log_ratio[found].sum() / (max(len(found), 1) if per_word else 1)
         weights.append(weight if words >= min_words else -np.inf)
+    _bucket.cache_clear()
     return np.array(weights)
 
 
