@@ -27,8 +27,8 @@ class entropy_bonus(nn.Module):
 
     The anchor's parameters start as the model's and move with each optimizer step:
     ``anchor = decay * anchor + (1 - decay) * model``. The weight of the objective is that of the entropy. The paper's
-    coefficients are not verified, its training code isn't public. Not for parameters that are split over processes
-    (FSDP, DeepSpeed).
+    coefficients are not verified, its training code isn't public. With dropout the divergence is also that of two
+    passes. Not for parameters that are split over processes (FSDP, DeepSpeed).
 
     Args:
         divergence: weight of KL, relative to that of the entropy; 0: no anchor.

@@ -72,8 +72,9 @@ class hpm(nn.Module):
     ) -> tuple[tuple, dict[str, Any]] | None:
         if not (model.training and self.share and given.get("noise") is None):
             return None
-        encoded = model.vit(given["pixel_values"])
-        predicted_BL = self.decoder(encoded.last_hidden_state, encoded.ids_restore).logits.squeeze(-1).float()
+        # Not last_hidden_state, which is normalised: the decoder learns from hidden states as the model returns them.
+        encoded = model.vit(given["pixel_values"], output_hidden_states=True)
+        predicted_BL = self.decoder(encoded.hidden_states[-1], encoded.ids_restore).logits.squeeze(-1).float()
         random_BL = torch.rand(predicted_BL.shape).to(predicted_BL.device)
         chosen = round(self.share * self.mask_ratio * predicted_BL.shape[1])
         return args, given | {"noise": mining_noise(predicted_BL, random_BL, chosen)}

@@ -78,8 +78,8 @@ class isogclr(nn.Module):
             tau_N = torch.where(visited_N, tau_N, self.first)
             powers_NN = (h_NN / tau_N[:, None]).masked_fill(itself_NN, -math.inf)
             log_mean_N = powers_NN.logsumexp(-1) - math.log(len(h_NN) - 1)
-            averaged_N = torch.logaddexp(log_s_N + math.log1p(-self.gamma) if self.gamma < 1 else log_s_N - math.inf,
-                                         log_mean_N + math.log(self.gamma))  # fmt: skip
+            kept = math.log(max(1 - self.gamma, 1e-30))
+            averaged_N = torch.logaddexp(log_s_N + kept, log_mean_N + math.log(self.gamma))
             log_s_N = torch.where(visited_N, averaged_N, log_mean_N)
             weights_NN = (powers_NN - log_s_N[:, None]).exp() / (len(h_NN) - 1)
         weighted_N = (weights_NN * h_NN).sum(-1)

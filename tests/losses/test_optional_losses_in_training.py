@@ -262,6 +262,13 @@ def test_hpm_masks_what_it_predicts_to_be_hard(tmp_path):
         make_trainer("classes", tmp_path, 8, 1, objectives={"hpm": 1.0})
 
 
+def test_hpm_looks_for_hard_patches_as_it_learns_to():
+    model, (row, *_) = vit_mae(), digits_data(1)
+    given = {"pixel_values": row["pixel_values"][None], "noise": row["noise"][None], "output_hidden_states": True}
+    assert torch.equal(model(**given).hidden_states[-1], model.vit(**given).hidden_states[-1])
+    assert not torch.equal(model(**given).hidden_states[-1], model.vit(**given).last_hidden_state)
+
+
 def test_hpm_ranks_the_losses_that_vit_mae_has(tmp_path):
     logs, _ = train(masked_images(tmp_path, 8, 1, max_steps=1, learning_rate=0.0))
     trainer = masked_images(tmp_path, 8, 1)
