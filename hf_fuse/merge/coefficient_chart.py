@@ -46,7 +46,7 @@ def coefficient_chart(models: Mapping[str, Mapping[str, Sequence[float]]], path:
     step = -(-len(names) // 24)  # more names than that would run into each other
     shown = [place for place, name in enumerate(names) if name in (BEFORE, AFTER) or place % step == 0]
     panels[-1].set_xticks(shown, [names[place] for place in shown])
-    panels[-1].set_xlabel("layer (dots: tensors; line: mean)", fontsize=9, color=INK)
+    panels[-1].set_xlabel("layer (dots: merged tensors; line: mean)", fontsize=9, color=INK)
     panels[-1].set_xlim(-0.6, len(names) - 0.4)
     figure.suptitle(title, fontsize=12, fontweight="bold", color=INK, parse_math=False)
     return _save(figure, path)

@@ -47,13 +47,17 @@ def columns(
         learned: names of the tensors to learn for, if not for all; the others have the last column, not learned.
 
     Raises:
-        RecipeError: ``blocks`` is no expression.
+        RecipeError: ``blocks`` is no expression, or finds nothing.
     """
     units = list(units)
     chosen = [unit for unit in units if learned is None or unit.name in learned]
     found: dict[str, Columns] = {}
     if granularity in ("task", "block"):
         keys = {unit.name: None if granularity == "task" else _block(unit.name, blocks) for unit in chosen}
+        if granularity == "block" and blocks is not None and not any(keys.values()):
+            raise RecipeError(
+                f"parameters: blocks is {blocks!r}, which is in no tensor's name. One of them: {chosen[0].name}."
+            )
         numbers = {key: number for number, key in enumerate(dict.fromkeys(keys.values()))}
         found, count = {name: Columns(numbers[key]) for name, key in keys.items()}, len(numbers)
     else:

@@ -21,10 +21,11 @@ from hf_fuse.merge.coefficient_chart import coefficient_chart
 from hf_fuse.merge.coefficients import FILE, Coefficients, fingerprint
 from hf_fuse.merge.columns import Columns
 from hf_fuse.merge.family import Family
-from hf_fuse.merge.finish import RECIPE_FILE, versions
+from hf_fuse.merge.finish import RECIPE_FILE, resolved_recipe, versions
 from hf_fuse.recipe import dump_recipe
 
 MERGE_FILE, CHART_FILE, HISTORY_FILE = "merge.yaml", "coefficients.png", "history.json"
+PINNED = {"revision", "adapter_revision"}  # of a model, the commits that it was read from
 MASK_FILE, MASKED = "mask.safetensors", "masked_task_arithmetic"
 
 
@@ -70,9 +71,14 @@ def write_coefficients(family: Family, found: LearnedCoefficients, folder: Path,
     (folder / FILE).write_text(made.to_json(), encoding="utf-8")
     (folder / HISTORY_FILE).write_text(json.dumps(found.history, indent=1) + "\n", encoding="utf-8")
     provenance = {"versions": versions(), "learned": dict(found.facts)}
-    record = recipe.model_copy(update={"output": None, "provenance": provenance})
+    pinned = resolved_recipe(plan)
+    models = [
+        model.model_copy(update=its.model_dump(include=PINNED)) for model, its in zip(recipe.models, pinned.models)
+    ]
+    pins = {"base_model": pinned.base_model, "models": models}
+    record = recipe.model_copy(update=pins | {"output": None, "provenance": provenance})
     (folder / RECIPE_FILE).write_text(dump_recipe(record), encoding="utf-8")
-    merging = plan.recipe.model_dump(exclude_unset=True, exclude_none=True, exclude={"seed"})
+    merging = pinned.model_dump(exclude_unset=True, exclude_none=True, exclude={"seed", "provenance"})
     merging["parameters"] = {"weight": {"learned": str(output)}} | merging["parameters"]
     if found.mask:
         metadata = {"statistics": registry.get("merge", MASKED).module.STATISTICS}
@@ -81,7 +87,11 @@ def write_coefficients(family: Family, found: LearnedCoefficients, folder: Path,
         for model in merging["models"]:
             model["statistics"] = str(output)
     (folder / MERGE_FILE).write_text(yaml.safe_dump(merging, sort_keys=False, allow_unicode=True), encoding="utf-8")
-    names = dict(zip(unique_names([Path(parent.ref.key) for parent in family.models]), values))
+    # The base's tensors, whose coefficients are 0 by definition, would only pull the means down.
+    learned = {name for name, own in found.layout.items() if own.learned}
+    merged = {name for name in values[0] if name in learned or any(one[name] != [0.0] for one in values)}
+    shown = [{name: row for name, row in one.items() if name in merged} for one in values]
+    names = dict(zip(unique_names([Path(parent.ref.key) for parent in family.models]), shown))
     with contextlib.suppress(FuseError):  # without matplotlib the numbers are all there is
         coefficient_chart(names, folder / CHART_FILE, title=f"{recipe.estimator}: learned coefficients")
 

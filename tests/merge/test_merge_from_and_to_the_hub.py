@@ -14,6 +14,7 @@ from safetensors.torch import load, load_file, save
 import hf_fuse
 from hf_fuse.errors import FuseError
 from hf_fuse.merge import finish
+from hf_fuse.merge.coefficients import read_coefficients
 
 USER = "ada"  # to whom conftest gives the token
 
@@ -108,3 +109,17 @@ def test_offline_after_one_online_run(hub, parents, tmp_path, monkeypatch):
     again = hf_fuse.merge(recipe_of(parents), tmp_path / "again")
     assert not hub.log
     assert (again / "model.safetensors").read_bytes() == (first / "model.safetensors").read_bytes()
+
+
+def test_learned_coefficients_are_of_commits(hub, parents, tmp_path):
+    (tmp_path / "texts.jsonl").write_text('{"text": "the cat sat on the mat"}\n')
+    base, *models = parents
+    data = {"data": str(tmp_path / "texts.jsonl")}
+    recipe = {"estimator": "expert_merging", "base_model": base, "models": [{"path": m} | data for m in models]}
+    folder = hf_fuse.learn(recipe | {"parameters": {"epochs": 1}}, tmp_path / "learned")
+    for name in ("merge.yaml", "fuse_recipe.yaml"):
+        stored = yaml.safe_load((folder / name).read_text())
+        assert [ref["revision"] for ref in (stored["base_model"], *stored["models"])] == [hub.head(p) for p in parents]
+    again = hf_fuse.learn(folder / "fuse_recipe.yaml", tmp_path / "again")
+    assert read_coefficients(str(again)).values == read_coefficients(str(folder)).values
+    assert (hf_fuse.merge(folder / "merge.yaml", tmp_path / "merged") / "model.safetensors").exists()

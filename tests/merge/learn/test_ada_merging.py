@@ -137,6 +137,7 @@ def test_same_seed_same_bytes_and_the_command_line(case, tmp_path, capsys):
         ({"model": "x"}, "Say base_model and models"),
         ({"device": "auto"}, "several devices"),
         ({"parameters": {"granularity": "block", "blocks": "("}}, "not a regular expression"),
+        ({"parameters": {"granularity": "block", "blocks": "mixer"}}, "'mixer', which is in no tensor's name"),
     ],
 )
 def test_what_is_wrong_is_said_and_nothing_is_left(case, tmp_path, change, message):

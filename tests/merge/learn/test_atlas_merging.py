@@ -77,19 +77,18 @@ def test_a_target_of_its_own_keeps_the_base_s_head(target, tmp_path):
 
 
 def test_chunks_budget_and_matrices(target, tmp_path):
-    plain, _ = learned(target, tmp_path / "plain")
-    parts, _ = learned(target, tmp_path / "parts", chunks=3)
+    target = target | {"examples": 8}
+    plain, _ = learned(target, tmp_path / "plain", epochs=1)
+    parts, _ = learned(target, tmp_path / "parts", chunks=3, epochs=1)
     assert parts.cut == "scattered"
     assert all(len(values) == 3 for model in parts.values for values in model.values() if len(values) > 1)
     assert parts.facts["learned numbers"] == 3 * plain.facts["learned numbers"]
     hf_fuse.merge(tmp_path / "parts" / "merge.yaml", tmp_path / "merged")
-    once, _ = learned(target, tmp_path / "once", chunks=1)
-    assert once.values == plain.values
-    single, _ = learned(target, tmp_path / "single", budget=1)
+    single, _ = learned(target, tmp_path / "single", budget=1, epochs=1)
     first, second = single.values
     assert all(first[name] == [0.0] or second[name] == [0.0] for name in first)
     assert single.facts["learned numbers"] * 2 == plain.facts["learned numbers"]
-    matrices, _ = learned(target, tmp_path / "matrices", tensors="matrices")
+    matrices, _ = learned(target, tmp_path / "matrices", tensors="matrices", epochs=1)
     shapes = {name: values.dim() for name, values in load_weights(Path(target["base_model"])).items()}
     for model in matrices.values:
         assert {name for name, (value,) in model.items() if value} == {n for n in model if shapes[n] > 1}

@@ -11,6 +11,7 @@ from transformers import AutoModelForCausalLM
 
 import hf_fuse
 from hf_fuse.errors import RecipeError
+from hf_fuse.merge import learned_output
 from hf_fuse.merge.coefficients import read_coefficients
 
 from .families import recipe_of, saved_classifiers, saved_images, saved_writers, unlabelled
@@ -28,7 +29,9 @@ def learned(recipe, folder, **parameters):
     return read_coefficients(str(folder)), json.loads((folder / "history.json").read_text())
 
 
-def test_loss_falls_and_only_matrices_of_layers_are_learned(case, tmp_path):
+def test_loss_falls_and_only_matrices_of_layers_are_learned(case, tmp_path, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(learned_output, "coefficient_chart", lambda models, *_, **__: drawn.append(models))
     found, history = learned(case, tmp_path / "c", regularization=0.0)
     losses = [row["loss"] for row in history]
     assert losses[-1] < 0.99 * losses[0] and found.facts["loss after"] == losses[-1]
@@ -36,6 +39,7 @@ def test_loss_falls_and_only_matrices_of_layers_are_learned(case, tmp_path):
         zero = {name for name, (value,) in model.items() if value == 0}
         assert zero == {name for name in model if "layers" not in name or "norm" in name}
         assert all(0 <= value <= 1 for (value,) in model.values())
+    assert {name for shown in drawn[0].values() for name in shown} == set(found.values[0]) - zero
     everything, _ = learned(case, tmp_path / "d", tensors="all", epochs=1)
     assert all(value for model in everything.values for (value,) in model.values())
     merged = load_weights(hf_fuse.merge(tmp_path / "c" / "merge.yaml", tmp_path / "merged"))
@@ -66,15 +70,15 @@ def test_one_model_with_coefficient_one_has_nothing_to_learn(case, tmp_path):
 def test_strong_regularization_keeps_them_together(case, tmp_path):
     spreads = []
     for weight in (0.0, 100.0):
-        found, _ = learned(case, tmp_path / f"{weight}", regularization=weight, learning_rate=0.1)
+        found, _ = learned(case, tmp_path / f"{weight}", regularization=weight, learning_rate=0.1, epochs=3)
         rows = [torch.tensor([value for (value,) in model.values() if value]) for model in found.values]
         spreads.append(sum((row - row.mean()).abs().mean().item() for row in rows))
     assert spreads[1] < 0.2 * spreads[0]
 
 
 def test_chunks_by_importance(case, tmp_path):
-    found, history = learned(case, tmp_path / "c", chunk_budget=1.5, regularization=0.0)
-    plain, rows = learned(case, tmp_path / "plain", regularization=0.0)
+    found, history = learned(case, tmp_path / "c", chunk_budget=1.5, regularization=0.0, epochs=2)
+    plain, rows = learned(case, tmp_path / "plain", regularization=0.0, epochs=2)
     counts = {name: len(values) for name, values in found.values[0].items()}
     matrices = {name for name in counts if "layers" in name and "norm" not in name}
     assert max(counts.values()) > 1 and sum(counts[name] for name in matrices) <= 1.5 * len(matrices) + len(matrices)
@@ -104,7 +108,7 @@ def test_adapters_classifiers_and_images(tmp_path):
         )
     texts = unlabelled(tmp_path)
     recipe = recipe_of("expert_merging", base, adapters, texts, examples=6)
-    found, history = learned(recipe, tmp_path / "a", regularization=0.0)
+    found, history = learned(recipe, tmp_path / "a", regularization=0.0, epochs=2)
     assert history[-1]["loss"] < history[0]["loss"]
     merging = tmp_path / "a" / "merge.yaml"
     hf_fuse.merge(merging, tmp_path / "merged")
