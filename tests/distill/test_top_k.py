@@ -31,7 +31,7 @@ def gradient(method, student, *others, **options):
     return value.item(), found
 
 
-@pytest.mark.parametrize("method", [*DIVERGENCES, uld, pld, dhkd])
+@pytest.mark.parametrize("method", [*DIVERGENCES, uld, pld, weak_to_strong, dhkd])
 def test_nothing_is_learnt_where_no_token_is_known(method):
     student, _ = pair()
     nothing = torch.full((6,), -torch.inf)

@@ -47,7 +47,10 @@ def weak_to_strong(
     log_probs_NV = student_NV.float().log_softmax(-1)
     own_N = -log_probs_NV.gather(-1, _predictions(log_probs_NV, teacher_NO, threshold).unsqueeze(-1)).squeeze(-1)
     share = confidence * (min(1.0, progress / warm_up) if warm_up else 1.0)
-    return ((1 - share) * weak_N + share * own_N).sum()
+    taught_N = (1 - share) * weak_N + share * own_N
+    if isinstance(teacher_NV, TopK):  # of a teacher that says nothing there, the student is not to be sure either
+        taught_N = taught_N.masked_fill(~teacher_NV.known_NK.any(-1), 0)
+    return taught_N.sum()
 
 
 def _predictions(log_probs_NV: Tensor, weak_NO: Tensor, threshold: str) -> Tensor:
