@@ -97,11 +97,15 @@ def test_chunks_budget_and_matrices(target, tmp_path):
 def test_unlearning_keeps_the_control(tmp_path):
     base, models = saved_writers(tmp_path / "models", models=1)
     rows = written_texts(tmp_path / "target.jsonl")
-    control = written_texts(tmp_path / "control.jsonl")
+    control = tmp_path / "control.jsonl"
+    control.write_text("\n".join(json.dumps({"text": " ".join(reversed(text.split()))}) for text in TEXTS))
     recipe = recipe_of("atlas_merging", base, models, rows, control=str(control), examples=12)
     found, history = learned(recipe, tmp_path / "c", goal="negate", learning_rate=0.3)
-    best = history[found.facts["epoch that counts"]]
-    assert best["accuracy"]["control"] >= 0.95 * history[0]["accuracy"]["control"]
+    first, best = history[0], history[found.facts["epoch that counts"]]
+    assert best["accuracy"]["control"] >= 0.95 * first["accuracy"]["control"]
+    forgotten = next(name for name in best["loss"] if name != "control")
+    assert best["epoch"] > 0 and best["loss"][forgotten] > first["loss"][forgotten]
+    assert best["loss"][forgotten] - best["loss"]["control"] > first["loss"][forgotten] - first["loss"]["control"]
     other = recipe | {"control": None}
     with pytest.raises(RecipeError, match="goal: negate needs one data"):
         learned(other, tmp_path / "d", goal="negate")
