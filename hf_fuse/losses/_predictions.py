@@ -24,3 +24,17 @@ def class_indices(labels_N: Tensor) -> Tensor:
             "for each prediction, as for single-label classification and language models."
         )
     return labels_N
+
+
+def sample_classes(labels_N: Tensor, features_ND: Tensor) -> Tensor:
+    """The labels, if each is the class of a sample.
+
+    Raises:
+        FuseError: they are of tokens, or no classes.
+    """
+    if len(class_indices(labels_N)) != len(features_ND):
+        raise FuseError(
+            f"{len(labels_N)} labels for {len(features_ND)} samples: this loss expects one class per sample, as models "
+            "for sequence or image classification have."
+        )
+    return labels_N

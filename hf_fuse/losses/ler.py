@@ -11,7 +11,7 @@ from typing import Annotated, Any
 import torch
 from torch import Tensor, nn
 
-from hf_fuse.losses._predictions import mean
+from hf_fuse.losses._predictions import class_indices, mean
 from hf_fuse.losses._processes import gathered
 from hf_fuse.registry import Between
 
@@ -61,10 +61,10 @@ class ler(nn.Module):
         self.register_buffer("step", torch.tensor(0))
 
     def forward(self, sample_logits_BC: Tensor, sample_labels_B: Tensor, step: int = 0) -> Tensor:
-        logits_BC = sample_logits_BC.float()
+        logits_BC, labels_B = sample_logits_BC.float(), class_indices(sample_labels_B)
         self._average(logits_BC.detach(), step)
         confidence_B, predicted_B = (logits_BC.detach() / self.sharpness).softmax(-1).max(-1)
-        kept_B = (sample_labels_B < 0) & (confidence_B >= self.threshold) & (predicted_B < self.old_classes)
+        kept_B = (labels_B < 0) & (confidence_B >= self.threshold) & (predicted_B < self.old_classes)
         targets_BC = (logits_BC.detach() / self.temperature).softmax(-1)
         adjusted_BC = logits_BC / self.temperature + self.strength * self.prior_C.clamp(min=1e-12).log()
         loss_B = -(targets_BC * adjusted_BC.log_softmax(-1)).sum(-1)

@@ -11,7 +11,7 @@ from typing import Annotated, Any
 import torch
 from torch import Tensor, nn
 
-from hf_fuse.losses._predictions import class_indices, mean
+from hf_fuse.losses._predictions import mean, sample_classes
 from hf_fuse.losses._processes import gathered
 from hf_fuse.losses._sample_table import SampleTable
 from hf_fuse.losses._similarities import unit
@@ -54,7 +54,7 @@ class look(nn.Module):
         if step != self._step:
             self._store()
             self._step = step
-        unit_ND, labels_N = unit(features_ND), class_indices(labels_N)
+        unit_ND, labels_N = unit(features_ND), sample_classes(labels_N, features_ND)
         self._waiting.append(tuple(map(gathered, (sample_ids_N, unit_ND.detach(), labels_N))))
         known_NS = self.bank.written & (
             torch.arange(len(self.bank.values), device=labels_N.device) != sample_ids_N[:, None]

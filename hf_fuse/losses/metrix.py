@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from hf_fuse.losses._draws import random_of_step
-from hf_fuse.losses._predictions import class_indices
+from hf_fuse.losses._predictions import sample_classes
 from hf_fuse.losses._processes import gathered
 from hf_fuse.losses._similarities import unit
 from hf_fuse.registry import Between
@@ -49,7 +49,7 @@ def metrix(
         alpha: of the beta distribution.
         seed: of the draws.
     """
-    unit_ND, labels_N = gathered(unit(features_ND)), gathered(class_indices(labels_N))
+    unit_ND, labels_N = gathered(unit(features_ND)), gathered(sample_classes(labels_N, features_ND))
     same_NN = labels_N[:, None] == labels_N[None, :]
     positive_NN = same_NN & ~torch.eye(len(labels_N), dtype=torch.bool, device=labels_N.device)
     distances_NN = _distances(unit_ND[:, None], unit_ND[None])

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from hf_fuse.batch_counts import IGNORED
 from hf_fuse.errors import FuseError
-from hf_fuse.losses._predictions import class_indices
+from hf_fuse.losses._predictions import sample_classes
 from hf_fuse.losses._processes import gathered
 from hf_fuse.losses._similarities import unit
 from hf_fuse.registry import Between
@@ -60,7 +60,8 @@ def nspt(
     else:
         rehearsed_N = rehearsed_B if sample_labels_B is None else rehearsed_B[sample_labels_B != IGNORED]
     new_ND, old_ND, labels_N, rehearsed_N = (
-        gathered(rows) for rows in (unit(features_ND), unit(old_features_ND), class_indices(labels_N), rehearsed_N)
+        gathered(rows)
+        for rows in (unit(features_ND), unit(old_features_ND), sample_classes(labels_N, features_ND), rehearsed_N)
     )
     itself_NN = torch.eye(len(labels_N), dtype=torch.bool, device=labels_N.device)
     positive_NN = (labels_N[:, None] == labels_N[None, :]) & ~itself_NN

@@ -11,7 +11,7 @@ from typing import Annotated
 import torch
 from torch import Tensor
 
-from hf_fuse.losses._predictions import class_indices
+from hf_fuse.losses._predictions import sample_classes
 from hf_fuse.losses._processes import gathered
 from hf_fuse.registry import Between
 
@@ -30,7 +30,7 @@ def proto_triplet(features_ND: Tensor, labels_N: Tensor, *, margin: Annotated[fl
         labels_N: class indices.
         margin: in units of the features.
     """
-    rows_ND, labels_N = gathered(features_ND.float()), gathered(class_indices(labels_N))
+    rows_ND, labels_N = gathered(features_ND.float()), gathered(sample_classes(labels_N, features_ND))
     classes_C, class_N = labels_N.unique(return_inverse=True)
     member_NC = class_N[:, None] == torch.arange(len(classes_C), device=labels_N.device)
     sums_CD, counts_C = member_NC.to(rows_ND).T @ rows_ND, member_NC.sum(0)

@@ -224,6 +224,12 @@ def test_classes_of_one_sample_teach_nothing(loss):
     assert one_class.item() == 0 and z.grad.isfinite().all()
 
 
+@pytest.mark.parametrize("loss", [metrix, proto_triplet, lambda z, y: nspt(z, z, y)], ids=["mx", "pt", "ns"])
+def test_labels_of_tokens_are_refused(loss):
+    with pytest.raises(FuseError, match="6 labels for 4 samples: this loss expects one class per sample"):
+        loss(rows(4), torch.zeros(6, dtype=torch.long))
+
+
 def test_adamixup_learns_how_much_to_mix():
     loss, model = prepared(adamixup(hidden=8)), bert()
     x, labels, head = rows(6, 16).requires_grad_(), torch.tensor([0, 1, 2, 0, 1, 2]), model.classifier
@@ -572,7 +578,7 @@ def test_ler_averages_predictions_once_per_step():
     loss_N = -(q * (logits / 0.05 + 0.4 * expected.log()).log_softmax(-1)).sum(-1)
     assert value.item() == pytest.approx((loss_N * kept).mean().item(), rel=1e-4)
     assert {*whole.state_dict()} == {"prior_C", "present", "step"}
-    assert loss(rows(0, 3), torch.zeros(0), 1).item() == 0
+    assert loss(rows(0, 3), torch.zeros(0, dtype=torch.long), 1).item() == 0
 
 
 def test_m3col_recognises_both_partners():
