@@ -19,6 +19,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor, nn
@@ -314,8 +315,14 @@ def _reset(tuned: nn.Module) -> None:
 
 
 def _load(tuned: nn.Module, file: Path) -> None:
-    parameters = dict(tuned.named_parameters())
-    for name, values in load_file(file).items():
+    parameters = {name: values for name, values in tuned.named_parameters() if "lora_" in name}
+    try:
+        stored = load_file(file)
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"{file}: cannot be read ({error}). Fine-tune again.") from None
+    for name, values in stored.items():
+        if name not in parameters or parameters[name].shape != values.shape:
+            raise CheckpointError(f"{file}: its {name} is no LoRA matrix of this model. Fine-tune again.")
         parameters[name].data.copy_(values)
 
 

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import copy
 import json
+import shutil
 
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import save_file
 from sklearn.datasets import load_digits
 from transformers import ViTConfig, ViTForImageClassification
 
@@ -292,8 +294,6 @@ def plain(model):
 def test_deletion_is_exact(sliced, digits, tmp_path):
     """What is left after deleting samples is bit for bit what training with other samples in their place gives."""
     folder, _, whole = sliced
-    import shutil
-
     shutil.copytree(folder / "whole", tmp_path / "cut")
     cut = S3T.from_pretrained(tmp_path / "cut", vit(layers=3))
     batch = collate(digits[1][:20])
@@ -352,3 +352,19 @@ def test_bad_input_of_s3t_is_one_error(sliced, digits, tmp_path):
     plan = Plan(**json.loads((folder / "whole" / "s3t.json").read_text()))
     with pytest.raises(FuseError, match="row 90: was not trained on"):
         plan.delete([90])
+
+
+def test_a_slice_changes_nothing_but_its_lora(sliced, digits, tmp_path):
+    folder, _, _ = sliced
+    shutil.copytree(folder / "whole", tmp_path / "copy")
+    file = tmp_path / "copy" / "shard-0" / "sequence-0" / "slice-0.safetensors"
+    for name in ("base_model.model.classifier.bias", "nowhere"):
+        save_file({name: torch.ones(4)}, file)
+        opened = S3T.from_pretrained(tmp_path / "copy", vit(layers=3))
+        before = opened.model.base_model.model.classifier.bias.clone()
+        with pytest.raises(CheckpointError, match=f"{name} is no LoRA matrix"):
+            opened.predict_proba(collate(digits[1][:2]))
+        assert torch.equal(opened.model.base_model.model.classifier.bias, before)
+    file.write_bytes(b"short")
+    with pytest.raises(CheckpointError, match="slice-0.safetensors: cannot be read"):
+        opened.predict_proba(collate(digits[1][:2]))
