@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -15,15 +16,23 @@ State = dict[str, Tensor]
 
 @dataclass
 class Suite:
-    """One base, its experts, and a way to score a state dict on each task (higher is better, between 0 and 1)."""
+    """One base, its experts, and a way to score a state dict on each task (higher is better, between 0 and 1).
+
+    Attributes:
+        model: what all states are of; it holds the one that was scored last.
+        parts: of each task, by name: ``train`` (its expert's), ``validation`` and ``test``; images and labels of
+            classifiers, rows of token ids of language models.
+    """
 
     name: str
     unit: str
     tasks: list[str]
     base: State
     experts: list[State]
-    reference: State
+    reference: State | None
     score: Callable[[State, str], list[float]]  # (state, "validation" or "test") -> one score per task
+    model: Any = None
+    parts: dict[str, dict[str, Any]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -36,6 +45,8 @@ class Effort:
     seeds: int = 3
     grid: int | None = None  # values kept of each grid; all, if None
     methods: tuple[str, ...] = ()  # all, if empty
+    tasks: int | None = None  # the first of each suite; all, if None
+    reference: bool = True  # whether a model is trained on all tasks
 
 
 FULL, QUICK = Effort(), Effort(base_steps=60, expert_steps=8, text_steps=(12, 4), seeds=1, grid=1)
@@ -105,16 +116,18 @@ def _only(images: Tensor, labels: Tensor, classes: Sequence[int]) -> tuple[Tenso
 
 def _trained(name: str, tasks: dict[str, dict], model: Any, start: State, seed: int, effort: Effort) -> Suite:
     """Experts from ``start``, one per task, and a reference that sees all tasks for as many steps as all experts."""
-    experts = []
+    tasks, experts = dict(itertools.islice(tasks.items(), effort.tasks)), []
     for number, task in enumerate(tasks):
         model.load_state_dict(start)
         # A new label set with the head of ten: all ten stay in the softmax, as in the merged model.
         fit(model, *tasks[task]["train"], effort.expert_steps, 4e-4, seed + number)
         experts.append({key: value.clone() for key, value in model.state_dict().items()})
-    model.load_state_dict(start)
-    images, labels = (torch.cat([tasks[task]["train"][k] for task in tasks]) for k in (0, 1))
-    fit(model, images, labels, effort.expert_steps * len(tasks), 4e-4, seed)
-    reference = {key: value.clone() for key, value in model.state_dict().items()}
+    reference = None
+    if effort.reference:
+        model.load_state_dict(start)
+        images, labels = (torch.cat([tasks[task]["train"][k] for task in tasks]) for k in (0, 1))
+        fit(model, images, labels, effort.expert_steps * len(tasks), 4e-4, seed)
+        reference = {key: value.clone() for key, value in model.state_dict().items()}
 
     def score(state: State, part: str) -> list[float]:
         model.load_state_dict(state)
@@ -124,7 +137,7 @@ def _trained(name: str, tasks: dict[str, dict], model: Any, start: State, seed: 
             right = (model(images).logits.argmax(1) == labels).float()
         return [piece.mean().item() for piece in right.split([len(tasks[task][part][1]) for task in tasks])]
 
-    return Suite(name, "accuracy", list(tasks), start, experts, reference, score)
+    return Suite(name, "accuracy", list(tasks), start, experts, reference, score, model, tasks)
 
 
 def new_vit(seed: int) -> Any:
@@ -169,7 +182,7 @@ def text_suite(seed: int, effort: Effort) -> Suite:
 
     size = ModelSize(hidden=64, feed_forward=128, layers=2, heads=4, context=128)
     tokenizer = byte_tokenizer(size.context)
-    domains = stdlib_domains(source_characters=1_200_000)
+    domains = stdlib_domains(source_characters=1_200_000)[: effort.tasks]
     streams = [token_stream(tokenizer, domain.train, 200_000) for domain in domains]
     base_steps, steps = effort.text_steps
     model = new_model(size, tokenizer, seed)
@@ -180,14 +193,17 @@ def text_suite(seed: int, effort: Effort) -> Suite:
         model.load_state_dict(start)
         train(model, [stream], Schedule(steps, 1e-3), seed=seed + number)
         experts.append(_copied(model))
-    model.load_state_dict(start)
-    train(model, streams, Schedule(steps * len(streams), 1e-3), seed=seed)
-    reference = _copied(model)
+    reference = None
+    if effort.reference:
+        model.load_state_dict(start)
+        train(model, streams, Schedule(steps * len(streams), 1e-3), seed=seed)
+        reference = _copied(model)
     windows = {}
-    for domain in domains:
+    for domain, stream in zip(domains, streams):
+        own = stream[: len(stream) // size.context * size.context].view(-1, size.context)
         held = token_stream(tokenizer, domain.held_out, 40_000)[: 64 * size.context].view(-1, size.context)
         # Held-out documents are longer than what is read: even windows choose, odd ones test.
-        windows[domain.name] = {"validation": held[0::2], "test": held[1::2]}
+        windows[domain.name] = {"train": own, "validation": held[0::2], "test": held[1::2]}
 
     def score(state: State, part: str) -> list[float]:
         model.load_state_dict(state)
@@ -195,7 +211,7 @@ def text_suite(seed: int, effort: Effort) -> Suite:
         with torch.no_grad():
             return [math.exp(-model(input_ids=w[part], labels=w[part]).loss.item()) for w in windows.values()]
 
-    return Suite("text", "probability per byte", list(windows), start, experts, reference, score)
+    return Suite("text", "probability per byte", list(windows), start, experts, reference, score, model, windows)
 
 
 def _copied(model: Any) -> State:
