@@ -38,6 +38,7 @@ ELSEWHERE = {
     "output_dir": "say output at the top of the recipe, or pass --output",
     "push_to_hub": "say push: org/name at the top of the recipe, or pass --push",
     "hub_model_id": "say push: org/name at the top of the recipe, or pass --push",
+    "hub_token": "run `hf auth login`, or set HF_TOKEN; recipes are kept and published",
     "resume_from_checkpoint": "pass --resume",
     "remove_unused_columns": "the columns that a model needs are chosen from data",
 }
@@ -219,6 +220,8 @@ def training_config(
     for key, advice in ELSEWHERE.items():
         if key in options:
             raise RecipeError(f"train: {key} can't be set here: {advice}.")
+    if "token" in (options.get("teacher_model_init_kwargs") or ()):  # a mapping, or its text
+        raise RecipeError(f"train: teacher_model_init_kwargs.token can't be set here: {ELSEWHERE['hub_token']}.")
     managed = {"output_dir": str(output_dir), "remove_unused_columns": False}
     return _built(DistillConfig if distilled else FuseConfig, {**defaults, **options, **managed}, "train")
 

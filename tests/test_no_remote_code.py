@@ -83,7 +83,13 @@ def tokenizer(folder):
 
 @pytest.mark.parametrize(
     "load",
-    [lambda folder: load_teacher(str(folder), {}), lambda folder: _loaded(str(folder)), load_compressed, levi, twin]
+    [
+        lambda folder: load_teacher(str(folder), {"trust_remote_code": True}),
+        lambda folder: _loaded(str(folder)),
+        load_compressed,
+        levi,
+        twin,
+    ]
     + [path_ensemble, features, tokenizer],
     ids=["teacher", "old model", "compressed", "levi", "twin", "path ensemble", "features", "tokenizer"],
 )

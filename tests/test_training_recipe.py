@@ -106,13 +106,16 @@ def test_adapter_keys_reach_the_config_verbatim():
         ({"eval_strategy": "sometimes"}, "train: sometimes is not a valid IntervalStrategy"),
         ({"output_dir": "x"}, "train: output_dir can't be set here: say output"),
         ({"push_to_hub": True}, "push_to_hub can't be set here: say push"),
+        ({"hub_token": "hf_secret"}, "hub_token can't be set here: run `hf auth login`, or set HF_TOKEN"),
+        ({"teacher_model_init_kwargs": {"token": "hf_secret"}}, "kwargs.token can't be set here: run `hf auth login`"),
         ({"resume_from_checkpoint": "x"}, "pass --resume"),
         ({"objectives": {"router_zz": 0.1}}, "router_z"),
     ],
 )
 def test_a_mistake_in_the_training_arguments_is_one_message(options, message, tmp_path):
-    with pytest.raises(RecipeError, match=message):
+    with pytest.raises(RecipeError, match=message) as error:
         training_config(options, tmp_path)
+    assert "secret" not in str(error.value)
 
 
 def test_training_arguments_reach_the_config_verbatim(tmp_path):

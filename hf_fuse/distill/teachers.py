@@ -157,7 +157,7 @@ def load_teacher(name: str, options: dict[str, Any]) -> nn.Module:
     Raises:
         FuseError: there is none, its class isn't one of transformers, or it lacks weights.
     """
-    safe = {"dtype": "auto", "use_safetensors": True, "trust_remote_code": False}
+    options = {"dtype": "auto", "use_safetensors": True} | options | {"trust_remote_code": False}
     where = {key: options[key] for key in ("revision", "subfolder", "token", "cache_dir") if key in options}
     try:
         config = AutoConfig.from_pretrained(name, trust_remote_code=False, **where)
@@ -165,7 +165,7 @@ def load_teacher(name: str, options: dict[str, Any]) -> nn.Module:
         if not hasattr(transformers, kind):
             raise FuseError(f"teacher {name}: its configuration names {kind}, which transformers doesn't have.")
         loader = getattr(transformers, kind)
-        model, info = loader.from_pretrained(name, output_loading_info=True, **safe | options)
+        model, info = loader.from_pretrained(name, output_loading_info=True, **options)
     except (OSError, ValueError) as error:
         reason = str(error).strip().split("\n")[0].rstrip(".")
         raise FuseError(f"teacher {name}: can't be loaded: {reason}.") from error
