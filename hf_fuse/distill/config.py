@@ -17,7 +17,8 @@ class DistillConfig(FuseConfig):
     :mod:`hf_fuse.distill.attached`) as well.
 
     Raises:
-        RecipeError: an objective that does not exist, one that has a wrong option, or no distillation method at all.
+        RecipeError: an objective that does not exist, one that has a wrong option or can't be computed in chunks, or no
+            distillation method at all.
     """
 
     _VALID_DICT_FIELDS = [*FuseConfig._VALID_DICT_FIELDS, "teacher_model_init_kwargs"]
@@ -50,6 +51,14 @@ class DistillConfig(FuseConfig):
             raise RecipeError("objectives: none of them is a distillation method. Add {'forward_kl': 1.0}.")
         if self.chunk_size < 0:
             raise RecipeError(f"chunk_size is {self.chunk_size}, expected a number of predictions, or 0 for all.")
+        for objective in self.read_objectives()[1] if self.chunk_size else ():
+            needs = set(objective.needs.values())
+            if "sequences" in needs:
+                raise RecipeError(f"objectives.{objective.name}: compares whole sequences. Set chunk_size to 0.")
+            if needs & {"logits", "second_logits", "teacher_logits"}:
+                raise RecipeError(
+                    f"objectives.{objective.name}: needs all logits, which chunks never make. Set chunk_size to 0."
+                )
 
     def read_objectives(self) -> tuple[Schedule, list[Objective]]:
         return read_objectives(self.objectives or {}, kinds=("losses", "distill", "attached"))

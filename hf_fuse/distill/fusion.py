@@ -151,7 +151,9 @@ def _check(recipe: FusionRecipe, partial: Path) -> dict[int, float]:
 
     if recipe.strategy == "pairwise" and len(recipe.sources) == 1:
         say("note: with one source there is nothing to merge: the output is its target.")
-    prepare(_training(recipe, []), partial)
+    models = [_model(recipe, number) for number in range(len(recipe.sources) + 1)]
+    sources = [{"path": model.path, "revision": model.revision, "k": recipe.k} for model in models]
+    prepare(_training(recipe, sources), partial)
     shares = {}
     for number in range(len(recipe.sources) + 1):
         # Beside the caches that a run makes, so that no unfinished one is in the way.

@@ -93,6 +93,8 @@ def load_fusion_recipe(
 
 def _check_merge(recipe: FusionRecipe) -> None:
     method = get("merge", recipe.merge.method)
-    for key in recipe.merge.parameters:
+    for key, value in recipe.merge.parameters.items():
         if key not in method.options:
             raise RecipeError(f"merge.parameters: {method.name} has no {key!r}. {nearest(key, method.options)}")
+        if not isinstance(value, (list, dict)):  # of one model or layer each, which planning the merge looks at
+            method.options[key].check(value, "merge.parameters")

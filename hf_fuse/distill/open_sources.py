@@ -24,7 +24,7 @@ def open_sources(setup: Setup) -> list[AlignedTeacher]:
     """Loads every source of the recipe: a model, or a cache of one and the tokenizer that it was made with.
 
     Raises:
-        RecipeError: packed rows, or data without texts.
+        RecipeError: packed rows.
         FuseError: no such model, tokenizer or cache.
     """
     recipe = setup.recipe
@@ -32,8 +32,6 @@ def open_sources(setup: Setup) -> list[AlignedTeacher]:
         return []
     if recipe.data.packing:
         raise RecipeError("sources: a packed row is no single text, which other tokenizers could read. Drop packing.")
-    if setup.kind != "text":
-        raise RecipeError("sources: are language models with other tokenizers, but the data holds classes.")
     rows = read_rows(recipe.data)
     data = [row for part in (*rows.train, *rows.eval) for row in part.rows]
     student = Encoding(setup.processor, setup.data.max_length, recipe.data.train_on)

@@ -4,15 +4,21 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+import torch
+from torch import nn
+
 from hf_fuse.checkpoint.reader import open_checkpoint
 from hf_fuse.distill.cache import TeacherCache, is_cache
 from hf_fuse.distill.cache_checks import check_objectives, check_revision, check_tokenizer
 from hf_fuse.distill.cached_teacher import CachedTeacher
+from hf_fuse.distill.sources import Source
 from hf_fuse.distill.teachers import BASE, check_predictions
-from hf_fuse.errors import CheckpointError, RecipeError
+from hf_fuse.distill.top_k import TopK
+from hf_fuse.errors import CheckpointError, FuseError, RecipeError
 
 if TYPE_CHECKING:
     from hf_fuse.objectives import Objective
+    from hf_fuse.training_recipe import SourceEntry
     from hf_fuse.training_setup import Setup
 
 
@@ -51,11 +57,30 @@ def check_teachers(setup: Setup) -> None:
             _check_cache(name, setup, objectives)
         else:
             _check_model(name, setup)
-    for source in recipe.sources or ():
-        if is_cache(source.path):
-            TeacherCache(source.path)
-        else:
-            open_checkpoint(source.path, source.revision)
+    if recipe.sources and setup.kind != "text":
+        raise RecipeError("sources: are language models with other tokenizers, but the data holds classes.")
+    kept = [_kept_by(source) for source in recipe.sources or ()]
+    for objective in objectives if kept else ():
+        if "sources" in objective.needs.values() and not isinstance(objective.loss, nn.Module):
+            _try_without_rows(objective, kept, setup.config.get_text_config().vocab_size)
+
+
+def _kept_by(source: SourceEntry) -> int:
+    """How many tokens of each prediction."""
+    if is_cache(source.path):
+        return TeacherCache(source.path).facts.k
+    open_checkpoint(source.path, source.revision)
+    return source.k
+
+
+def _try_without_rows(objective: Objective, kept: list[int], vocabulary: int) -> None:
+    none_N = torch.zeros(0, dtype=torch.long)
+    sources = [Source(TopK.of(torch.zeros(0, k), k), none_N, none_N, none_N.float()) for k in kept]
+    given = {"student": torch.zeros(0, vocabulary), "sources": sources, "labels": none_N, "sequences": none_N}
+    try:
+        objective.loss(**objective.arguments(given | {"progress": 0.0}))
+    except FuseError as error:
+        raise FuseError(f"objectives.{objective.name}: {error}") from None
 
 
 def _check_cache(folder: str, setup: Setup, objectives: list[Objective]) -> None:

@@ -24,6 +24,7 @@ from hf_fuse.distill.cache import (
     CachedRow,
     CacheFacts,
     CacheWriter,
+    TeacherCache,
     cache_bytes,
     check_same,
     is_cache,
@@ -35,7 +36,7 @@ from hf_fuse.distill.cache import (
 from hf_fuse.distill.teach import Lesson, TeachResult, check_unfinished, say
 from hf_fuse.distill.teachers import Teacher
 from hf_fuse.distill.top_k import TopK
-from hf_fuse.errors import FuseError
+from hf_fuse.errors import CheckpointError, FuseError
 from hf_fuse.loss_inputs import kept_predictions
 from hf_fuse.merge.finish import RECIPE_FILE
 from hf_fuse.merge.plan import check_room
@@ -93,6 +94,10 @@ def write_predictions(lesson: Lesson, *, overwrite: bool, resume: bool, dry_run:
     result = TeachResult(lesson.folder, "predictions", figures, tuple(notes), made=False)
     if is_cache(lesson.folder) and not overwrite:
         check_same(lesson.folder, facts)
+        try:
+            TeacherCache(lesson.folder)
+        except CheckpointError as error:
+            raise CheckpointError(f"{error} Start hf-fuse teach with --overwrite.") from None
         say(f"{lesson.folder}: was made of the same teacher, text and settings already.")
         return result
     whole = 2 * facts.vocabulary * figures["predictions"]

@@ -387,13 +387,6 @@ class DistillTrainer(FuseTrainer):
             raise FuseError(
                 f"chunk_size is for causal language models; the student is a {type(self._base).__name__}. Set it to 0."
             )
-        if whole := [o.name for o in self._methods if "sequences" in o.needs.values()]:
-            raise FuseError(f"objectives.{whole[0]}: compares whole sequences. Set chunk_size to 0.")
-        for objective in self.objectives:
-            if not {"logits", "second_logits", "teacher_logits"}.isdisjoint(objective.needs.values()):
-                raise FuseError(
-                    f"objectives.{objective.name}: needs all logits, which chunks never make. Set chunk_size to 0."
-                )
         if self.label_smoother or self.compute_loss_func:
             name = "compute_loss_func" if self.compute_loss_func else "label_smoothing_factor"
             raise FuseError(f"{name}: needs all logits, which chunks never make. Set chunk_size to 0.")

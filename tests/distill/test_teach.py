@@ -162,6 +162,12 @@ def test_the_same_again_costs_nothing_and_another_is_refused(home, tmp_path, mon
         patched.setattr(teach_predictions.CacheWriter, "add", None)
         assert not teach(recipe, output).made
     assert "already" in capsys.readouterr().err
+    (shard,) = output.glob("*.safetensors")
+    content = shard.read_bytes()
+    shard.write_bytes(content[:-9])
+    with pytest.raises(CheckpointError, match="safetensors: truncated.*Start hf-fuse teach with --overwrite"):
+        teach(recipe, output)
+    shard.write_bytes(content)
     (home / "other.jsonl").write_text(json.dumps({"text": "another text"}))
     for change, what in (
         ({"k": 5}, "k is 4, not 5"),
