@@ -118,7 +118,7 @@ def encode(rows: Rows, entry: DataEntry, tokenizer: PreTrainedTokenizerBase, con
         notes += usable_template(tokenizer, entry.chat_template)
     if entry.packing and rows.format == "classification":
         raise FuseError("data: packing is for texts to predict, not for classes. Remove it.")
-    encode_batch = encoder(rows.format, tokenizer, length, entry.train_on)
+    encode_batch = encoder(rows.format, tokenizer, length, entry.train_on, config.get_text_config().vocab_size)
     train, facts = _encoded(rows.train, rows.format, encode_batch, config, notes)
     evaluation, replay = (
         _encoded(parts, rows.format, encode_batch, config, notes)[0] if parts else None

@@ -25,9 +25,12 @@ MARKS_ASSISTANT = re.compile(r"\{%-?\s*generation\b")
 Encoded = tuple[list[int], list[int]]  # token ids and labels
 
 
-def encoder(kind: str, tokenizer: PreTrainedTokenizerBase, length: int, train_on: str) -> Callable[..., dict]:
+def encoder(
+    kind: str, tokenizer: PreTrainedTokenizerBase, length: int, train_on: str, vocabulary: int
+) -> Callable[..., dict]:
     """A function for ``Dataset.map(batched=True, with_indices=True)``: ``(name, batch, indices) -> columns``
-    ``input_ids``, ``labels``, ``length``, ``cut`` (whether max_length cut something off) and ``source`` (its row)."""
+    ``input_ids``, ``labels``, ``length``, ``cut`` (whether max_length cut something off) and ``source`` (its row).
+    The model embeds ``vocabulary`` tokens."""
     if not tokenizer.is_fast:
         raise FuseError("the tokenizer does not tell where its tokens begin. Use a fast one (tokenizer.json).")
 
@@ -54,6 +57,8 @@ def encoder(kind: str, tokenizer: PreTrainedTokenizerBase, length: int, train_on
         for number, index in enumerate(indices):
             try:
                 found = rows_of({column: values[number] for column, values in batch.items()})
+                for ids, _, _ in found:
+                    check_ids(ids, vocabulary)
             except FuseError as error:
                 raise FuseError(f"{name}: row {index + 1}: {error}") from None
             for ids, labels, cut in found:
@@ -62,6 +67,15 @@ def encoder(kind: str, tokenizer: PreTrainedTokenizerBase, length: int, train_on
         return made
 
     return encode_batch
+
+
+def check_ids(ids: list[int], vocabulary: int) -> None:
+    """Raises FuseError if the model does not embed one of the tokens."""
+    if ids and (largest := max(ids)) >= vocabulary:
+        raise FuseError(
+            f"the tokenizer gives token id {largest}, but the model embeds ids below {vocabulary} only. Use the "
+            "tokenizer that belongs to the model."
+        )
 
 
 def pieces(tokenizer: PreTrainedTokenizerBase, text: str, length: int) -> list[Encoded]:

@@ -277,3 +277,10 @@ def test_mistakes_in_naming_the_data(tmp_path, tokenizer):
         encoded(tokenizer, train=str(tmp_path / "nowhere.jsonl"))
     with pytest.raises(FuseError, match="has no column 'txt'. Did you mean 'text'"):
         encoded(tokenizer, train={"path": texts, "columns": {"text": "txt"}})
+
+
+def test_a_tokenizer_with_more_tokens_than_the_model_is_told(tmp_path, tokenizer):
+    config = LlamaConfig(vocab_size=100, hidden_size=16, num_attention_heads=2, max_position_embeddings=CONTEXT)
+    entry = DataEntry(train=[rows_file(tmp_path, [{"text": "words"}])])
+    with pytest.raises(FuseError, match="row 1: the tokenizer gives token id 256, but the model embeds ids below 100"):
+        encode(read_rows(entry), entry, tokenizer, config)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -11,7 +12,7 @@ from torch import Tensor
 from hf_fuse.errors import CheckpointError, FuseError
 from hf_fuse.evaluation_models import Candidate
 from hf_fuse.training_data import Rows, TrainingData, row_length
-from hf_fuse.training_encoding import IGNORED
+from hf_fuse.training_encoding import IGNORED, check_ids
 from hf_fuse.training_recipe import DataEntry
 
 
@@ -31,8 +32,10 @@ def encoded_pairs(rows: Rows, entry: DataEntry, candidate: Candidate) -> Trainin
     length = row_length(entry, candidate.processor, config)
     parts = []
     for part in rows.train:
-        encode = partial(_encoded, part.name, candidate.processor, length)
-        made = part.rows.map(encode, with_indices=True, remove_columns=part.rows.column_names)
+        encode = partial(_encoded, candidate.processor, length, config.vocab_size)
+        made = part.rows.map(
+            partial(_numbered, part.name, encode), with_indices=True, remove_columns=part.rows.column_names
+        )
         parts.append(made.filter(lambda row: row["input_ids"] and row["labels"]))
     if not any(map(len, parts)):
         raise FuseError(f"{rows.train[0].name}: nothing to learn from is left. Its texts have less than two tokens.")
@@ -41,16 +44,26 @@ def encoded_pairs(rows: Rows, entry: DataEntry, candidate: Candidate) -> Trainin
     return TrainingData(rows.format, concatenate_datasets(parts), None, collator, length)
 
 
-def _encoded(name: str, tokenizer: Any, length: int, row: dict[str, Any], index: int) -> dict[str, list[int]]:
-    if "text" in row:
-        ids = tokenizer(row["text"] or "", truncation=True, max_length=length)["input_ids"]
-        return {"input_ids": ids[: len(ids) // 2], "labels": ids[len(ids) // 2 :]}
-    for column in ("prompt", "completion"):
-        if not row[column]:
-            raise FuseError(f"{name}: row {index + 1}: has no {column}.")
+def _numbered(name: str, encode: Callable[[dict], Any], row: dict[str, Any], index: int) -> Any:
+    try:
+        return encode(row)
+    except FuseError as error:
+        raise FuseError(f"{name}: row {index + 1}: {error}") from None
+
+
+def _encoded(tokenizer: Any, length: int, vocabulary: int, row: dict[str, Any]) -> dict[str, list[int]]:
     limits = {"truncation": True, "max_length": length}
-    read = tokenizer(row["prompt"], **limits)["input_ids"]
-    return {"input_ids": read, "labels": tokenizer(text_target=row["completion"], **limits)["input_ids"]}
+    if "text" in row:
+        ids = tokenizer(row["text"] or "", **limits)["input_ids"]
+        read, written = ids[: len(ids) // 2], ids[len(ids) // 2 :]
+    else:
+        for column in ("prompt", "completion"):
+            if not row[column]:
+                raise FuseError(f"has no {column}.")
+        read = tokenizer(row["prompt"], **limits)["input_ids"]
+        written = tokenizer(text_target=row["completion"], **limits)["input_ids"]
+    check_ids([*read, *written], vocabulary)
+    return {"input_ids": read, "labels": written}
 
 
 def collate_pairs(rows: list[dict], *, start_id: int, pad_id: int) -> dict[str, Tensor]:

@@ -1,6 +1,7 @@
 """Learning about models that read one text and write another."""
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -118,6 +119,11 @@ def test_texts_are_read_to_the_middle_and_chats_refused(root, tmp_path):
         hf_fuse.learn(
             {"estimator": "gram", "model": str(root / "base"), "data": str(tmp_path / "chats.jsonl")}, tmp_path / "no"
         )
+    config = json.loads((root / "base" / "config.json").read_text())
+    other = shutil.copytree(root / "base", tmp_path / "other")
+    (other / "config.json").write_text(json.dumps(config | {"vocab_size": 8}))
+    with pytest.raises(FuseError, match="but the model embeds ids below 8 only"):
+        hf_fuse.learn({"estimator": "gram", "model": str(other), "data": str(root / "pairs.jsonl")}, tmp_path / "no")
     (tmp_path / "holes.jsonl").write_text('{"prompt": "cat", "completion": ""}')
     with pytest.raises(FuseError, match="row 1: has no completion"):
         hf_fuse.learn(
