@@ -301,7 +301,8 @@ def report(results: dict[str, list[dict[str, Any]]], output: Path) -> tuple[dict
     from hf_fuse import plot_points
     from hf_fuse.plots import bar_chart
 
-    console, sections, facts, panels = Console(highlight=False), [], {}, {label: {} for label in FAMILIES}
+    console, sections, facts = Console(highlight=False), [], {}
+    panels = {label: {} for label, family in FAMILIES.items() if family != "reference" and label != TUNED}
     for name, runs in results.items():
         unit, tasks, body, said = runs[0]["unit"], runs[0]["tasks"], table(runs), findings(name, runs)
         title = f"{name}: {unit} on test data, {len(tasks)} tasks ({', '.join(tasks)})"
@@ -318,8 +319,9 @@ def report(results: dict[str, list[dict[str, Any]]], output: Path) -> tuple[dict
         sections.append("\n".join([f"## {title}", "", *lines, "", *(f"- {one}" for one in said), ""]))
         seeds = [{"rows": {k: asdict(row) for k, row in run["rows"].items()}, "paths": run["paths"]} for run in runs]
         facts[name] = {"unit": unit, "tasks": tasks, "findings": said, "seeds": seeds}
-        for label in FAMILIES:
-            panels[label][f"{name}: {unit}"] = statistics.mean(run["rows"][label].mean for run in runs)
+        scores = {label: [run["rows"][label].mean for run in runs] for label in FAMILIES}
+        for label in panels:
+            panels[label][name] = compared(scores[label], scores[TUNED])[1]
         paths = {
             f"from {start}": [means(run["paths"][start][moment] for run in runs) for moment in MOMENTS]
             for start in STARTS
@@ -330,8 +332,8 @@ def report(results: dict[str, list[dict[str, Any]]], output: Path) -> tuple[dict
             xlabel="mean entropy of a prediction", ylabel=f"{unit} on test data", logarithmic=False,
         )  # fmt: skip
     bar_chart(
-        panels, path=output / "scores.png", title="Merges that learn from data", ylabel="mean over tasks and seeds",
-        families=FAMILIES,
+        panels, path=output / "scores.png", title="Merges that learn from data",
+        ylabel=f"points more than {TUNED}, mean over tasks and seeds", families=FAMILIES,
     )  # fmt: skip
     return facts, "\n".join(sections)
 
