@@ -78,7 +78,6 @@ def new_model(size: ModelSize, tokenizer: PreTrainedTokenizerFast, seed: int) ->
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    mark = tokenizer.bos_token_id
     config = LlamaConfig(
         vocab_size=len(tokenizer),
         hidden_size=size.hidden,
@@ -89,9 +88,9 @@ def new_model(size: ModelSize, tokenizer: PreTrainedTokenizerFast, seed: int) ->
         tie_word_embeddings=True,
         # The usual 0.02 is meant for models ten times as wide; with it, half the demo's steps go into growing weights.
         initializer_range=0.6 / size.hidden**0.5,
-        bos_token_id=mark,
-        eos_token_id=mark,
-        pad_token_id=mark,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
     )
     torch.manual_seed(seed)
     return LlamaForCausalLM(config)

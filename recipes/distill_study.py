@@ -1,301 +1,195 @@
 # quick
-"""Ways to teach a small student, each with the same tries: the labels alone, from a teacher, or from itself.
+"""Ways to teach a small student, each with the same steps and tries: from labels, from teachers, or from itself.
 
-    python recipes/distill_study.py            # under a minute: one seed, hardly trained; shows that everything runs
-    python recipes/distill_study.py --full     # the study: three seeds, several minutes on two cores
+    python recipes/distill_study.py            # seconds: one seed, hardly trained; shows that everything runs
+    python recipes/distill_study.py --full     # the study: settings on a seed of their own, then three seeds; minutes
+
+A stopped run goes on when it is started again.
 
 ``digits``: a vision transformer has learnt scikit-learn's handwritten digits from 700 images; a student a twentieth as
-large learns from 300 others. ``digits, wrong labels``: three in ten of the student's labels are wrong. Every method
-trains for the same number of steps with each of its two settings; validation images decide, and the table shows test
-images that neither has seen.
+large learns from 300 others, once with their labels, once with three in ten of them wrong.
+
+``text``: one small language model has learnt library code, another the language reference; each has a tokenizer of its
+own kind and vocabulary. A pivot with a third tokenizer has learnt docstrings, and its copies learn from text of both
+that no teacher has read: from the text alone, or from what the teachers say about it, too. Bits per byte compare models
+whatever their tokenizers. FuseChat trains one copy per teacher, each for as many steps as another method has in all,
+and merges them; so "CLM, two merged" does that without teachers.
+
+Settings are chosen on validation data with a seed that is not reported; tables show test data that nobody has seen.
+Short of a real study: students take 50 to 100 steps, which some methods would use better with more; two settings each;
+and the seeds share the two language teachers (pivots and orders of the text differ).
 """
 
 from __future__ import annotations
 
 import argparse
-import itertools
 import json
 import statistics
-import sys
-import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
-import torch
-from study.suites import fit, new_vit
-from torch import Tensor
-from transformers import PrinterCallback
+from study import distill_digits, distill_text
+from study.distilling import FULL, QUICK, Effort, Half, Row
 
-from hf_fuse import DistillConfig, DistillTrainer, FuseConfig, FuseTrainer
+HALVES = {"digits": distill_digits.HALF, "text": distill_text.HALF}
+HEADINGS = ("method", "settings chosen", "CPU ms per step")
+LEGEND = """Means over seeds, ± the standard deviation over seeds, on test data; the best method first. Settings were
+chosen on validation data with a further seed. What is compared is told at the head of `recipes/distill_study.py`."""
 
-TEACHER, LABELS = "the teacher", "labels alone"
-WRONG = 0.3
-
-
-@dataclass(frozen=True)
-class Effort:
-    """Sizes of a run."""
-
-    teacher_steps: int = 600
-    steps: int = 400
-    seeds: int = 3
-    settings: int = 2  # of each method
+Runs = Sequence[dict[str, Row]]  # of one half: of each seed, name -> row
 
 
-FULL, QUICK = Effort(), Effort(teacher_steps=20, steps=4, seeds=1, settings=1)
-
-
-@dataclass
-class Row:
-    """A method on the data of one seed."""
-
-    score: float  # accuracy on test images
-    setting: str  # the one that validation chose
-    seconds: float  # per training step
-
-
-# -- methods ---------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Method:
-    """Two settings: arguments of the trainer's configuration under the name that the table shows."""
-
-    family: str  # what the student learns from
-    settings: dict[str, dict[str, Any]]
-
-
-def _objectives(task: float, name: str, **settings: dict[str, Any]) -> dict[str, dict[str, Any]]:
-    return {label: {"objectives": {"task": task, name: options}} for label, options in settings.items()}
-
-
-def methods() -> dict[str, Method]:
-    """Name -> what is tried, around the values of the papers."""
-    teacher, itself = partial(Method, "the teacher"), partial(Method, "itself")
-    return {
-        LABELS: Method("the labels", {"plain": {}, "smoothed 0.1": {"label_smoothing_factor": 0.1}}),
-        "KD": teacher(
-            {
-                f"T {degree:g}": {"objectives": {"task": 0.1, "forward_kl": {"weight": 0.9, "temperature": degree}}}
-                for degree in (2.0, 4.0)
-            }
-        ),
-        "DHKD": teacher(_objectives(1.0, "dual_head", **{"weight 0.1": {"weight": 0.1}, "weight 1": {"weight": 1.0}})),
-        "DHKD, one head": teacher(
-            _objectives(1.0, "dhkd", **{"weight 0.1": {"weight": 0.1}, "weight 1": {"weight": 1.0}})
-        ),
-        "PLD": teacher(_objectives(0.0, "pld", **{"T 1": {"temperature": 1.0}, "T 4": {"temperature": 4.0}})),
-        "TGeo-KD": teacher(_objectives(0.0, "tgeo", **{"T 1.5": {"temperature": 1.5}, "T 4": {"temperature": 4.0}})),
-        "mutual learning": itself(_objectives(1.0, "mutual", **{"one peer": {"peers": 1}, "two peers": {"peers": 2}})),
-        "MESA": itself(
-            _objectives(1.0, "mesa", **{f"decay {d}": {"weight": 0.8, "decay": d} for d in (0.9, 0.99)})
-        ),
-        "SAF": itself(_objectives(1.0, "saf", **{"weight 0.3": {"weight": 0.3}, "weight 1": {"weight": 1.0}})),
-        "SLA": itself(_objectives(1.0, "sla", **{"T 1": {"temperature": 1.0}, "T 3": {"temperature": 3.0}})),
-        "LSSKD": itself(_objectives(1.0, "lsskd", **{"weight 0.3": {"weight": 0.3}, "weight 1": {"weight": 1.0}})),
-    }  # fmt: skip
-
-
-# -- digits ----------------------------------------------------------------------------------------------------------
-
-
-Part = tuple[Tensor, Tensor]
-
-
-def digits_of_seed(seed: int, effort: Effort) -> dict[str, dict[str, Row]]:
-    """Data set -> method -> row."""
-    parts = digit_parts(seed)
-    teacher = new_vit(seed)
-    fit(teacher, *parts["teacher"], effort.teacher_steps, 2e-3, seed)
-    images, labels = parts["train"]
-    found: dict[str, dict[str, Row]] = {}
-    for name, given in {"digits": labels, "digits, wrong labels": with_wrong(labels, seed)}.items():
-        rows = found[name] = {TEACHER: Row(accuracy(teacher, *parts["test"]), "", 0.0)}
-        for method, tried in methods().items():
-            asked = teacher if tried.family == "the teacher" else None
-            learn = partial(student_of, (images, given), asked, seed, effort)
-            rows[method] = best(tried, learn, parts, effort)
-            print(f"seed {seed}, {name}: {method} done", file=sys.stderr)
-    return found
-
-
-def digit_parts(seed: int) -> dict[str, Part]:
-    """Images and labels for the teacher, the student, the choice of settings, and the table: 700, 300, 300 and 497."""
-    from sklearn.datasets import load_digits
-
-    data = load_digits()
-    order = torch.randperm(len(data.images), generator=torch.Generator().manual_seed(seed))
-    images = (torch.tensor(data.images, dtype=torch.float32)[order, None] - 8) / 8
-    labels = torch.tensor(data.target)[order]
-    names = ("teacher", "train", "validation", "test")
-    return dict(zip(names, zip(*(values.split([700, 300, 300, 497]) for values in (images, labels)))))
-
-
-def with_wrong(labels: Tensor, seed: int) -> Tensor:
-    """The labels, of which a share of ``WRONG`` is another class."""
-    random = torch.Generator().manual_seed(seed)
-    other = (labels + torch.randint(1, 10, labels.shape, generator=random)) % 10
-    return torch.where(torch.rand(labels.shape, generator=random) < WRONG, other, labels)
-
-
-def new_student(seed: int) -> Any:
-    from transformers import ViTConfig, ViTForImageClassification
-
-    torch.manual_seed(seed)
-    config = ViTConfig(
-        hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2, image_size=8, patch_size=4,
-        num_channels=1, num_labels=10, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0,
-    )  # fmt: skip
-    return ViTForImageClassification(config)
-
-
-def student_of(data: Part, teacher: Any, seed: int, effort: Effort, setting: dict[str, Any]) -> tuple[Any, float]:
-    """A trained student, and the seconds of a step."""
-    rows = [{"pixel_values": image, "labels": int(label)} for image, label in zip(*data)]
-    with tempfile.TemporaryDirectory() as folder:
-        settings = {
-            "output_dir": folder, "max_steps": effort.steps, "learning_rate": 1e-2, "lr_scheduler_type": "cosine",
-            "warmup_steps": effort.steps // 10, "weight_decay": 0.05, "per_device_train_batch_size": 32, "seed": seed,
-            "use_cpu": True, "dataloader_pin_memory": False, "save_strategy": "no", "logging_strategy": "no",
-            "report_to": "none", "disable_tqdm": True,
-        } | setting  # fmt: skip
-        if "objectives" in setting:
-            trainer = DistillTrainer(new_student(seed), DistillConfig(**settings), teacher=teacher, train_dataset=rows)
-        else:
-            trainer = FuseTrainer(new_student(seed), FuseConfig(**settings), train_dataset=rows)
-        trainer.remove_callback(PrinterCallback)
-        started = time.perf_counter()
-        trainer.train()
-        return trainer.model, (time.perf_counter() - started) / effort.steps
-
-
-def best(
-    method: Method, learn: Callable[[dict[str, Any]], tuple[Any, float]], parts: dict[str, Part], effort: Effort
-) -> Row:
-    """The row of the setting that validation images prefer."""
-    reached, row = -1.0, None
-    for label, setting in itertools.islice(method.settings.items(), effort.settings):
-        model, seconds = learn(setting)
-        score = accuracy(model, *parts["validation"])
-        if score > reached:
-            reached, row = score, Row(accuracy(model, *parts["test"]), label, seconds)
-    return row
-
-
-@torch.no_grad()
-def accuracy(model: Any, images: Tensor, labels: Tensor) -> float:
-    return (model.eval()(images).logits.argmax(1) == labels).float().mean().item()
-
-
-# -- report ----------------------------------------------------------------------------------------------------------
-
-
-def findings(runs: list[dict[str, dict[str, Row]]]) -> list[str]:
+def findings(half: Half, runs: Runs) -> list[str]:
     """Sentences computed from the figures."""
     said = []
-    for data in runs[0]:
-        scores = {name: [run[data][name].score for run in runs] for name in runs[0][data]}
+    for data in runs[0][half.baseline].test:
         groups: dict[str, list[str]] = {"ahead of": [], "neither ahead of nor behind": [], "behind": []}
-        for name in scores:
-            if name not in (TEACHER, LABELS):
-                verdict, gap = compared(scores[name], scores[LABELS])
-                groups[verdict].append(f"{name} ({gap:+.1f})")
+        for name in half.methods:
+            if name != half.baseline:
+                verdict, gap = compared(half, runs, name, half.baseline, data)
+                groups[verdict].append(f"{name} ({gap:+.3f})")
         for verdict, names in groups.items():
             if names:
-                said.append(f"{data}: {verdict} {LABELS}, in points of accuracy: {', '.join(names)}.")
-        if {"DHKD", "DHKD, one head"} <= scores.keys():
-            verdict, gap = compared(scores["DHKD"], scores["DHKD, one head"])
-            said.append(f"{data}: DHKD is {verdict} its ablation with one head ({gap:+.1f}).")
+                said.append(f"{data}: {verdict} {half.baseline}, by {half.unit}: {', '.join(names)}.")
+        for one, other in half.pairs:
+            verdict, gap = compared(half, runs, one, other, data)
+            said.append(f"{data}: {one} is {verdict} {other} ({gap:+.3f}).")
     said.append(f"Ahead and behind mean: in {len(runs)} of {len(runs)} seeds.")
     return said
 
 
-def compared(one: list[float], other: list[float]) -> tuple[str, float]:
-    """Whether every seed says so, and the mean difference in points."""
-    gaps = [100 * (left - right) for left, right in zip(one, other)]
+def compared(half: Half, runs: Runs, one: str, other: str, data: str) -> tuple[str, float]:
+    """Whether every seed says so, and the mean difference of the scores."""
+    gaps = [run[one].test[data] - run[other].test[data] for run in runs]
+    better = [gap < 0 if half.lower_is_better else gap > 0 for gap in gaps]
     verdict = "neither ahead of nor behind"
-    if all(gap > 0 for gap in gaps) or all(gap < 0 for gap in gaps):
-        verdict = "ahead of" if gaps[0] > 0 else "behind"
+    if all(gaps) and len(set(better)) == 1:
+        verdict = "ahead of" if better[0] else "behind"
     return verdict, statistics.mean(gaps)
 
 
-def report(runs: list[dict[str, dict[str, Row]]], output: Path) -> dict[str, Any]:
-    """Prints a table per data set and what follows from them, draws the chart, and returns the study's JSON."""
+def table(half: Half, runs: Runs) -> list[tuple[str, ...]]:
+    """A heading and a line for each row: what is no method first, then the best methods first."""
+    data_sets = list(runs[0][half.baseline].test)
+    mean = {name: statistics.mean(sum(run[name].test.values()) for run in runs) for name in runs[0]}
+    order = sorted(half.methods, key=mean.__getitem__, reverse=not half.lower_is_better)
+    lines = [(HEADINGS[0], *data_sets, *HEADINGS[1:])]
+    for name in [*(name for name in runs[0] if name not in half.methods), *order]:
+        cells = []
+        for data in data_sets:
+            scores = [run[name].test[data] for run in runs]
+            spread = f" ± {statistics.stdev(scores):.3f}" if len(scores) > 1 else ""
+            cells.append(f"{statistics.mean(scores):.3f}{spread}")
+        milliseconds = 1000 * statistics.mean(run[name].seconds for run in runs)
+        lines.append((name, *cells, runs[0][name].setting, f"{milliseconds:.0f}" if milliseconds else ""))
+    return lines
+
+
+def report(name: str, half: Half, runs: Runs, output: Path) -> tuple[dict[str, Any], str]:
+    """Prints a half's table and what follows from it, and draws its chart.
+
+    Returns:
+        Its part of the JSON, and its section in Markdown.
+    """
     from rich.box import SIMPLE_HEAD
     from rich.console import Console
     from rich.table import Table
 
     from hf_fuse.plots import bar_chart
 
-    console, means = Console(highlight=False), {}
-    for data, names in runs[0].items():
-        table = Table(box=SIMPLE_HEAD, pad_edge=False, title=f"{data}: accuracy of the student on test images")
-        for column in ("method", "accuracy", "± seeds", "settings chosen", "ms per step"):
-            table.add_column(column, justify="left" if column in ("method", "settings chosen") else "right")
-        for name in names:
-            rows = [run[data][name] for run in runs]
-            scores = [row.score for row in rows]
-            means.setdefault(name, {})[data] = statistics.mean(scores)
-            spread = statistics.stdev(scores) if len(scores) > 1 else 0.0
-            milliseconds = 1000 * statistics.mean(row.seconds for row in rows)
-            table.add_row(
-                name, f"{means[name][data]:.3f}", f"{spread:.3f}", ", ".join(row.setting for row in rows),
-                f"{milliseconds:.0f}" if milliseconds else "",
-            )  # fmt: skip
-        console.print(table)
-    said = findings(runs)
+    console, lines, said = Console(highlight=False), table(half, runs), findings(half, runs)
+    better = "lower" if half.lower_is_better else "higher"
+    title = f"{name}: {half.unit} of the student on test data ({better} is better)"
+    shown = Table(*lines[0], box=SIMPLE_HEAD, pad_edge=False, title=title)
+    for line in lines[1:]:
+        shown.add_row(*line)
+    console.print(shown)
     for sentence in said:
         console.print(f"  - {sentence}", markup=False)
-    output.mkdir(parents=True, exist_ok=True)
-    students = {name: by_data for name, by_data in means.items() if name != TEACHER}
+    means = {
+        row: {data: statistics.mean(run[row].test[data] for run in runs) for data in runs[0][row].test}
+        for row in runs[0]
+    }
+    ylabel = f"{half.unit} on test data ({better} is better)"
+    if half.start:  # bars from 0 would look all the same
+        ylabel = f"{half.unit} that test data take less than with {half.start} (higher is better)"
+        start = means[half.start]
+        means = {row: {data: start[data] - score for data, score in each.items()} for row, each in means.items()}
     chart = bar_chart(
-        students, path=output / "accuracy.png", title="Ways to teach a small student, equally many steps",
-        ylabel="accuracy on test images (higher is better)",
-        families={name: f"from {methods()[name].family}" for name in students},
+        {method: means[method] for method in half.methods}, path=output / f"{name}.png",
+        title="Ways to teach a small student, equally many steps", ylabel=ylabel,
+        lower_is_better=half.lower_is_better and not half.start,
+        families={method: f"from {tried.family}" for method, tried in half.methods.items()},
     )  # fmt: skip
-    return {
-        "means": means, "findings": said, "charts": [chart.name],
-        "seeds": [{data: {n: asdict(r) for n, r in rows.items()} for data, rows in run.items()} for run in runs],
-    }  # fmt: skip
+    head, *body = ["| " + " | ".join(line) + " |" for line in lines]
+    rows = [head, "|---|" + "---:|" * (len(lines[0]) - 3) + "---|---:|", *body]
+    section = "\n".join([f"## {title}", "", *rows, "", *(f"- {sentence}" for sentence in said), ""])
+    seeds = [{row: asdict(run[row]) for row in run} for run in runs]
+    return {"findings": said, "chart": chart.name, "seeds": seeds}, section
 
 
-# Each makes the rows of some data sets from a seed and an effort.
-SUITES = {"digits": digits_of_seed}
-
-
-def run_seed(seed: int, effort: Effort) -> dict[str, dict[str, Row]]:
-    """One seed, start to end, in a process of its own with one thread."""
+def run(
+    name: str, effort: Effort, seeds: int, folder: Path, settings: dict[str, dict[str, str]]
+) -> tuple[dict[str, str], list[dict[str, Row]]]:
+    """A half, start to end, in a process of its own with one thread: the settings, and the rows of each seed."""
     from hf_fuse.demo_training import quiet_and_reproducible
 
+    half = HALVES[name]
     with quiet_and_reproducible():
-        return {data: rows for suite in SUITES.values() for data, rows in suite(seed, effort).items()}
+        chosen = settings.get(name) or half.chosen(effort, folder / f"{name}-settings.json")
+        wanted = {method: (method, setting) for method, setting in chosen.items()}
+        return chosen, [half.rows(seed, effort, wanted, folder / f"{name}-{seed}.json") for seed in range(seeds)]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--full", action="store_true", help="three seeds, trained models (minutes)")
+    parser.add_argument("--halves", nargs="+", default=list(HALVES), choices=HALVES)
     parser.add_argument("--seeds", type=int, help="number of seeds")
-    parser.add_argument("--jobs", type=int, default=2, help="seeds at a time, one core each")
+    parser.add_argument("--settings", type=Path, help="study.json of an earlier run, whose settings are taken over")
+    parser.add_argument("--jobs", type=int, default=1, choices=(1, 2), help="halves at a time, one core each")
     parser.add_argument("--output", type=Path, default=Path("distill-study"), help="folder for results")
     given = parser.parse_args()
     effort, started = FULL if given.full else QUICK, time.perf_counter()
-    seeds = range(given.seeds or effort.seeds)
-    if given.jobs > 1 and len(seeds) > 1:
-        with ProcessPoolExecutor(min(given.jobs, len(seeds)), mp_context=get_context("spawn")) as pool:
-            runs = list(pool.map(run_seed, seeds, itertools.repeat(effort)))
+    seeds = given.seeds or effort.seeds
+    settings = {} if given.full else {name: half.first() for name, half in HALVES.items()}
+    if given.settings:
+        settings = json.loads(given.settings.read_text(encoding="utf-8"))["settings"]
+    alone = partial(run, effort=effort, seeds=seeds, folder=given.output / "rows", settings=settings)
+    if given.jobs > 1 and len(given.halves) > 1:
+        with ProcessPoolExecutor(given.jobs, mp_context=get_context("spawn")) as pool:
+            found = dict(zip(given.halves, pool.map(alone, given.halves)))
     else:
-        runs = [run_seed(seed, effort) for seed in seeds]
-    facts = {"full": given.full, "seconds": round(time.perf_counter() - started, 1), **report(runs, given.output)}
+        found = {name: alone(name) for name in given.halves}
+    given.output.mkdir(parents=True, exist_ok=True)
+    reported = {name: report(name, HALVES[name], found[name][1], given.output) for name in given.halves}
+    command = f"python recipes/distill_study.py{' --full' if given.full else ''}"
+    facts = {
+        "command": command, "versions": versions(), "seconds": round(time.perf_counter() - started, 1),
+        "settings": {name: settings for name, (settings, _) in found.items()},
+        "halves": {name: part for name, (part, _) in reported.items()},
+    }  # fmt: skip
     (given.output / "study.json").write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
+    used = ", ".join(f"{name} {version}" for name, version in facts["versions"].items())
+    heading = f"# Ways to teach a small student\n\n`{command}` (seeds: {seeds}; {used})\n\n{LEGEND}\n"
+    warning = "This was a quick run: the models are hardly trained and the figures mean nothing. Use --full."
+    sections = [heading, *([] if given.full else [warning + "\n"]), *(section for _, section in reported.values())]
+    (given.output / "study.md").write_text("\n".join(sections), encoding="utf-8")
     if not given.full:
-        print("\nThis was a quick run: the models are hardly trained and the figures mean nothing. Use --full.")
-    print(f"\n{given.output / 'study.json'} and a chart in {given.output} ({facts['seconds']:.0f} s)")
+        print(f"\n{warning}")
+    print(f"\n{given.output}: study.md, study.json and charts ({facts['seconds']:.0f} s)")
+
+
+def versions() -> dict[str, str]:
+    from importlib.metadata import version
+
+    return {name: version(name).split("+")[0] for name in ("hf-fuse", "torch", "transformers")}
 
 
 if __name__ == "__main__":
