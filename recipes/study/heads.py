@@ -56,7 +56,7 @@ def candidates(effort: Effort) -> dict[str, dict[str, Callable[[], Any]]]:
     from hf_fuse.heads.simplex import Simplex
     from hf_fuse.heads.teen import Teen
 
-    short = effort.settings == 1
+    short = effort.steps == 1
     return {
         PROBE: {f"C {c:g}": lambda c=c: LogisticRegression(C=c, max_iter=300) for c in (1.0, 0.03)},
         "NearestMean": {metric: lambda metric=metric: NearestMean(metric) for metric in ("euclidean", "cosine")},
@@ -105,7 +105,7 @@ def _of_source(source: Source, effort: Effort) -> dict[str, dict[str, Row]]:
 def _probes(effort: Effort) -> dict[str, Callable[[], Any]]:
     from hf_fuse.heads.moment_probing import MomentProbing
 
-    epochs = 1 if effort.settings == 1 else 15
+    epochs = 1 if effort.steps == 1 else 15
     return {f"projection {p}": lambda p=p: MomentProbing(p, 4, epochs=epochs) for p in (64, 128)}
 
 

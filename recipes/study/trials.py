@@ -50,10 +50,11 @@ class Effort:
     steps: int = 24
     seeds: int = 3
     settings: int = 2  # of each method
+    methods: int | None = None  # of each question about losses; all, if None
     language_steps: int = 60
 
 
-FULL, QUICK = Effort(), Effort(base_steps=1, steps=1, seeds=1, settings=1, language_steps=2)
+FULL, QUICK = Effort(), Effort(base_steps=1, steps=1, seeds=1, settings=1, methods=3, language_steps=2)
 
 
 @dataclass
@@ -79,7 +80,7 @@ class Task:
 def compared(task: Task, methods: Mapping[str, Settings], seed: int, effort: Effort) -> Found:
     """All figures of all methods, each with the setting that is best on validation data."""
     first, found = next(iter(task.figures)), {question: {} for question in task.figures}
-    for method, settings in methods.items():
+    for method, settings in list(methods.items())[: effort.methods]:
         highest = -float("inf")
         for label, setting in list(settings.items())[: effort.settings]:
             trainer = trained(task, setting, seed, effort)

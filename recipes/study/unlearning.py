@@ -34,7 +34,9 @@ QUESTIONS = {
         lower_is_better=True, references=(ANEW_TOO,),
     ),
     "digits, forgetting, test": Question("accuracy on test rows", UNTOUCHED, references=(ANEW, ANEW_TOO)),
-    "digits, exact deletion": Question("accuracy on test rows after one row is deleted", ANEW),
+    "digits, exact deletion": Question(
+        "accuracy on test rows after one row is deleted", ANEW, references=("base of s3t",)
+    ),
 }  # fmt: skip
 
 
@@ -73,7 +75,7 @@ def _note(found: Found, method: str, label: str, one: UnlearningReport, ideal: U
 
 def _methods(known: Any, kept: Rows, gone: Rows, seed: int, effort: Effort) -> dict[str, dict[str, Callable[[], Any]]]:
     forget_N = torch.arange(len(gone) + len(kept)) < len(gone)
-    epochs = 1 if effort.settings == 1 else 4
+    epochs = 1 if effort.steps == 1 else 4
 
     def matched(rate: float) -> Any:
         return datamodel_matching(
