@@ -64,6 +64,7 @@ class Steps:
         if self.log:
             print(name, file=self.log, flush=True)
 
+signal.signal(signal.SIGINT, signal.default_int_handler)  # shells start background jobs with Ctrl-C ignored
 for line in sys.stdin:
     job = json.loads(line)
     child = os.fork()
