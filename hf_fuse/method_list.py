@@ -119,13 +119,16 @@ def print_methods(methods: Iterable[Method], console: Console) -> None:
         table = Table(box=SIMPLE_HEAD, pad_edge=False)
         table.add_column("method", no_wrap=True)
         table.add_column("what it does")
-        table.add_column("needs" if kind == "merge" else "", no_wrap=True)
-        table.add_column("paper", no_wrap=True)
+        if kind == "merge":
+            table.add_column("needs", no_wrap=True)
+        if wide := console.width >= 110:  # else it would take the room of what matters more; one method shows it
+            table.add_column("paper", no_wrap=True)
         for method in of:
             facts = method_facts(method)
             paper = (facts["paper"] or "").removeprefix("https://").replace("arxiv.org/abs/", "arXiv:")
-            needs = _needs(facts) if kind == "merge" else ""
-            table.add_row(method.name, facts["summary"].removesuffix("."), needs, paper.split("/")[0])
+            cells = [method.name, facts["summary"].removesuffix(".")]
+            cells += [_needs(facts)] if kind == "merge" else []
+            table.add_row(*cells, *([paper.split("/")[0]] if wide else []))
         console.print(table)
         if kind == "merge":
             console.print("needs: models besides the base; data: statistics of each model, made by hf-fuse learn.\n")
