@@ -378,3 +378,14 @@ def dump_recipe(recipe: BaseModel) -> str:
     """The recipe as YAML, keys in the order of the class, only what was set."""
     data = recipe.model_dump(exclude_unset=True, exclude_none=True)
     return yaml.safe_dump(data, sort_keys=False, allow_unicode=True, width=100)
+
+
+def output_folder(said: str | Path | None) -> Path:
+    """The folder to make, as an absolute path.
+
+    Raises:
+        RecipeError: neither the caller nor the recipe says one.
+    """
+    if said is None:
+        raise RecipeError("output: no folder is given. Pass --output DIR, or say output in the recipe.")
+    return Path(said).expanduser().absolute()

@@ -21,10 +21,10 @@ from hf_fuse.compress.loading import is_lightened, lighten, renumbered
 from hf_fuse.compress.measure import TITLES, measure, print_table
 from hf_fuse.compress.recipe import CompressRecipe, load_compress_recipe
 from hf_fuse.compress.subject import Subject, open_subject
-from hf_fuse.errors import FuseError, RecipeError
+from hf_fuse.errors import FuseError
 from hf_fuse.merge.carry import output_config, write_json
 from hf_fuse.merge.finish import RECIPE_FILE, versions
-from hf_fuse.recipe import dump_recipe
+from hf_fuse.recipe import dump_recipe, output_folder
 
 RESULTS, CHART = "compress_results.json", "importance.png"
 LIGHTER = (
@@ -86,10 +86,7 @@ def compress(
         FuseError: with one message that says what, where and what to do. No output is left then, an old one is intact.
     """
     recipe = load_compress_recipe(recipe, overrides)
-    wanted = output or recipe.output
-    if wanted is None:
-        raise RecipeError("output: no folder is given. Pass --output DIR, or say output in the recipe.")
-    folder = Path(wanted).expanduser().absolute()
+    folder = output_folder(output or recipe.output)
     check_output(folder, overwrite)
     target = _push_target(recipe, push, private)
     with torch.random.fork_rng(devices=[]):

@@ -14,7 +14,7 @@ import numpy as np
 from hf_fuse.checkpoint.writer import check_output, exclusive_output
 from hf_fuse.data.select_recipe import SelectRecipe, load_select_recipe
 from hf_fuse.errors import FuseError, RecipeError
-from hf_fuse.recipe import ModelRef, dump_recipe
+from hf_fuse.recipe import ModelRef, dump_recipe, output_folder
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -61,10 +61,7 @@ def select(
         FuseError: with one message that says what, where and what to do. No output is left then, an old one is intact.
     """
     recipe = load_select_recipe(recipe, overrides)
-    wanted = output or recipe.output
-    if wanted is None:
-        raise RecipeError("output: no folder is given. Pass --output DIR, or say output in the recipe.")
-    folder = Path(wanted).expanduser().absolute()
+    folder = output_folder(output or recipe.output)
     check_output(folder, overwrite)
     names, rows = _rows(recipe.data)
     given = {key: _reader(key, recipe) for key in recipe.needs}

@@ -16,7 +16,7 @@ from hf_fuse.distill.teach import say, teach
 from hf_fuse.distill.tokenizer_report import compare_tokenizers
 from hf_fuse.errors import FuseError, OutputError, RecipeError
 from hf_fuse.merge.finish import RECIPE_FILE, versions
-from hf_fuse.recipe import ModelRef, dump_recipe, read_yaml
+from hf_fuse.recipe import ModelRef, dump_recipe, output_folder, read_yaml
 from hf_fuse.training_output import newest_checkpoint
 from hf_fuse.training_recipe import TrainingRecipe
 
@@ -70,10 +70,7 @@ def fuse(
         FuseError: with one message that says what, where and what to do. An old output is intact then.
     """
     recipe = load_fusion_recipe(recipe, overrides)
-    wanted = output or recipe.output
-    if wanted is None:
-        raise RecipeError("output: no folder is given. Pass --output DIR, or say output in the recipe.")
-    folder = Path(wanted).expanduser().absolute()
+    folder = output_folder(output or recipe.output)
     check_output(folder, overwrite)
     partial, _ = leftovers(folder)
     recipe = _pinned(recipe)

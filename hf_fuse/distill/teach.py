@@ -15,7 +15,7 @@ from hf_fuse.errors import CheckpointError, FuseError, OutputError, RecipeError
 from hf_fuse.evaluation_models import Candidate, candidates, check_device, loaded
 from hf_fuse.merge.finish import versions
 from hf_fuse.merge.workers import World
-from hf_fuse.recipe import dump_recipe
+from hf_fuse.recipe import dump_recipe, output_folder
 from hf_fuse.training_data import Rows, read_rows
 
 
@@ -116,12 +116,9 @@ def teach(
         FuseError: with one message that says what, where and what to do. An old output is intact then.
     """
     recipe = load_teach_recipe(recipe, overrides)
-    wanted = output or recipe.output
-    if wanted is None:
-        raise RecipeError("output: no folder is given. Pass --output DIR, or say output in the recipe.")
+    folder = output_folder(output or recipe.output)
     if World().size > 1:
         raise RecipeError("teach: runs in one process. Start it without a launcher.")
-    folder = Path(wanted).expanduser().absolute()
     if not folder.is_dir():  # what is there may be what is wanted
         check_output(folder, overwrite)
     lesson = _prepared(recipe, folder)

@@ -26,7 +26,7 @@ from hf_fuse.merge.statistics import Statistics
 from hf_fuse.merge.stream import Merger, Sink
 from hf_fuse.merge.units import Unit, build_units
 from hf_fuse.merge.workers import Workers, World, allow_open_files
-from hf_fuse.recipe import Recipe, load_recipe
+from hf_fuse.recipe import Recipe, load_recipe, output_folder
 
 # Elements computed at a time: small enough for a core's cache, large enough that threads seldom wait for the
 # interpreter or a GPU for its next piece.
@@ -92,10 +92,8 @@ def merge(
     else:
         options = {"overwrite": overwrite, "allow_pickle": allow_pickle, "verify": verify}
         made = plan(recipe, overrides=overrides, output=output, continue_from=continue_from, **options)
-    if made.recipe.output is None:
-        raise RecipeError("output: no folder is given. Pass --output DIR, or say output in the recipe.")
+    folder = output_folder(made.recipe.output)
     target = _push_target(made, push, private)
-    folder = Path(made.recipe.output).expanduser().absolute()
     dtype = getattr(torch, made.recipe.dtype)
     if made.recipe.output_kind == "adapter":
         from hf_fuse.merge.adapters_to_adapter import write_adapter

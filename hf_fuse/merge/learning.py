@@ -20,7 +20,7 @@ from hf_fuse.merge.finish import RECIPE_FILE, versions
 from hf_fuse.merge.learn_data import encoded_examples, read_examples
 from hf_fuse.merge.learn_recipe import LearnRecipe, load_learn_recipe
 from hf_fuse.merge.workers import World
-from hf_fuse.recipe import dump_recipe
+from hf_fuse.recipe import dump_recipe, output_folder
 from hf_fuse.training_data import TrainingData
 
 
@@ -117,12 +117,9 @@ def learn(
         FuseError: with one message that says what, where and what to do. No output is left then, an old one is intact.
     """
     recipe = load_learn_recipe(recipe, overrides)
-    wanted = output or recipe.output
-    if wanted is None:
-        raise RecipeError("output: no folder is given. Pass --output DIR, or say output in the recipe.")
+    folder = output_folder(output or recipe.output)
     if World().size > 1:
         raise RecipeError("learn: runs in one process. Start it without a launcher.")
-    folder = Path(wanted).expanduser().absolute()
     check_output(folder, overwrite)
     if recipe.method.argument == "family":
         from hf_fuse.merge.family import open_family

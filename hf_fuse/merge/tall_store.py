@@ -23,6 +23,7 @@ from hf_fuse.errors import OutputError, RecipeError
 from hf_fuse.merge.store import STORE_FILE, task_names
 from hf_fuse.merge.tall_format import FORMAT, KIND, VECTOR_STEM, fingerprint
 from hf_fuse.merge.tall_restore import extract_tall
+from hf_fuse.recipe import output_folder
 
 if TYPE_CHECKING:
     from hf_fuse.merge.plan import Plan
@@ -68,9 +69,7 @@ def compress_tall(
 
     recipe = _loaded(recipe, overrides)
     made = plan(recipe, output=output, overwrite=overwrite, allow_pickle=allow_pickle, verify=verify)
-    if made.recipe.output is None:
-        raise RecipeError("output: no folder is given. Pass --output DIR, or say output in the recipe.")
-    folder = Path(made.recipe.output).expanduser().absolute()
+    folder = output_folder(made.recipe.output)
     models = [model for model in made.recipe.models if model.key != made.recipe.base_model.key]
     contents = _Contents.of(made, task_names(models, tasks))
     with ExitStack() as stack:

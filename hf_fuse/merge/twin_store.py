@@ -23,6 +23,7 @@ from hf_fuse.checkpoint.writer import Layout, PartialFolder, exclusive_output, l
 from hf_fuse.errors import CheckpointError, OutputError, RecipeError
 from hf_fuse.merge.store import STORE_FILE, task_names
 from hf_fuse.merge.twin_restore import FORMAT, KIND, SHARED
+from hf_fuse.recipe import output_folder
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -77,9 +78,7 @@ def compress_twin(
         raise RecipeError("slices: a store restores whole models. List models instead.")
     options = {"overwrite": overwrite, "allow_pickle": allow_pickle}
     made = plan(recipe, output=output, verify=verify, **options)
-    if made.recipe.output is None:
-        raise RecipeError("output: no folder is given. Pass --output DIR, or say output in the recipe.")
-    folder = Path(made.recipe.output).expanduser().absolute()
+    folder = output_folder(made.recipe.output)
     base = made.recipe.base_model.key if made.recipe.base_model else None
     models = [model for model in made.recipe.models if model.key != base]
     names = task_names(models, tasks)

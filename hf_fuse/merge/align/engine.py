@@ -25,7 +25,7 @@ from hf_fuse.merge.align.spaces import Spaces, spaces_of
 from hf_fuse.merge.carry import output_config, write_json
 from hf_fuse.merge.finish import RECIPE_FILE, versions
 from hf_fuse.merge.workers import World
-from hf_fuse.recipe import ModelRef, dump_recipe
+from hf_fuse.recipe import ModelRef, dump_recipe, output_folder
 from hf_fuse.training_data import read_rows
 
 
@@ -51,12 +51,9 @@ def align(
         FuseError: with one message that says what, where and what to do. No output is left then, an old one is intact.
     """
     recipe = load_align_recipe(recipe, overrides)
-    wanted = output or recipe.output
-    if wanted is None:
-        raise RecipeError("output: no folder is given. Pass --output DIR, or say output in the recipe.")
+    folder = output_folder(output or recipe.output)
     if World().size > 1:
         raise RecipeError("align: runs in one process. Start it without a launcher.")
-    folder = Path(wanted).expanduser().absolute()
     check_output(folder, overwrite)
     check_device(recipe.device)
     pair = open_pair(recipe)
